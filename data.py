@@ -1,0 +1,450 @@
+"""Subjects, backgrounds, scenes and tasks: everything the model is taught with, composed on the fly.
+
+Whoever has cut-outs (an image with alpha, and a label) can make every task of the paper from them:
+
+    Subject (a cut-out, a label) + Background (a picture, its words) + Placement -> Scene (image, cut-out on black, caption)
+
+    python data.py                              a labelled sheet of every task, as the model sees it
+    python data.py --data my_folder             the same from your own cut-outs
+    python data.py --subject dog -o dog.png     one subject on a background, to use as sample.py --ref
+"""
+import argparse
+import functools
+import json
+import os
+import re
+import sys
+import unicodedata
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+class BadInput(Exception):
+    """What the user can mend: ends a script with one line and exit code 2. Any other exception is a bug of ours."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists everything)")
+
+
+def positive(text):
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def run(main):
+    try:
+        main()
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Subjects: where the cut-outs come from
+
+
+class Subject(NamedTuple):
+    name: str                 # files of one name show the same subject; its hash decides whether it is held out
+    label: str                # what the prompts call it
+    source: str               # "emoji", "shapes" or "file": how `cutout` reads it
+    path: str                 # the character, the shape's recipe, or the image file
+    mask: str = ""            # a mask image beside the file, where the alpha channel does not say it
+    has_cutout: bool = True   # without one (a plain picture) only reconstruction and text-to-image can use it
+
+
+EMOJI_FONTS = {  # file: the one pixel size that its bitmaps have (Debian, Arch, Fedora, macOS, Windows)
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf": 109,
+    "/usr/share/fonts/noto/NotoColorEmoji.ttf": 109,
+    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf": 109,
+    "/System/Library/Fonts/Apple Color Emoji.ttc": 160,
+    "C:/Windows/Fonts/seguiemj.ttf": 128,
+}
+NO_EMOJI = "no colour emoji font found (apt-get install fonts-noto-color-emoji brings one)"
+# Signs rather than things: letters in boxes, arrows, clock faces, skin tones, flags of letters.
+NOT_A_THING = re.compile(r"REGIONAL|FITZPATRICK|COMPONENT|SQUARED|CIRCLED|IDEOGRAPH|ARROW|KEYCAP|CLOCK FACE|TRIANGLE|SIGN\b"
+                         r"|SYMBOL|MARK\b|SQUARE$|CIRCLE$|DIAMOND|INPUT|BUTTON|HEAVY|CURLY|DIGIT|NUMBER|LARGE|VARIATION")
+MAX_LABEL = 24  # bytes; longer names ("face with open mouth and cold sweat") would fill the block
+
+
+@functools.cache
+def emoji_font():
+    return next((ImageFont.truetype(path, size) for path, size in EMOJI_FONTS.items() if os.path.exists(path)), None)
+
+
+def draw_emoji(char):
+    font = emoji_font()
+    image = Image.new("RGBA", (2 * font.size, 2 * font.size))
+    ImageDraw.Draw(image).text((font.size // 4, font.size // 4), char, font=font, embedded_color=True)
+    return image
+
+
+def emoji_subjects():
+    """Every drawn thing of the machine's colour emoji font, labelled with its Unicode name. Raises BadInput without one."""
+    if emoji_font() is None:
+        raise BadInput(f"--data emoji: {NO_EMOJI}")
+    subjects = []
+    for code in [*range(0x2300, 0x2C00), *range(0x1F300, 0x1FB00)]:
+        name = unicodedata.name(chr(code), "")
+        if name and len(name) <= MAX_LABEL and not NOT_A_THING.search(name) and draw_emoji(chr(code)).getbbox():
+            subjects.append(Subject("emoji/" + name.lower(), name.lower(), "emoji", chr(code)))
+    return subjects
+
+
+SHAPES = {"circle": 0, "triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6, "star": -5, "sun": -8, "cross": -4}
+COLOURS = {"red": (220, 40, 40), "green": (50, 170, 70), "blue": (50, 90, 220), "yellow": (240, 210, 50),
+           "purple": (150, 60, 190), "orange": (245, 140, 40), "white": (240, 240, 240), "grey": (120, 120, 120)}
+
+
+def shape_subjects():
+    """Two-coloured shapes: drawn by code, for tests and for machines without an emoji font."""
+    return [Subject(f"shapes/{a} {b} {shape}", f"{a} {b} {shape}", "shapes", f"{shape} {a} {b}")
+            for shape in SHAPES for a in COLOURS for b in COLOURS if a != b]
+
+
+def draw_shape(recipe):
+    shape, outer, inner = recipe.split()
+    image, corners = Image.new("RGBA", (128, 128)), SHAPES[shape]
+    for radius, colour in ((60, outer), (30, inner)):
+        n = 64 if corners == 0 else abs(corners) * (1 if corners > 0 else 2)
+        radii = [radius * (0.45 if corners < 0 and i % 2 else 1) for i in range(n)]
+        points = [(64 + r * np.sin(2 * np.pi * i / n), 64 - r * np.cos(2 * np.pi * i / n)) for i, r in enumerate(radii)]
+        ImageDraw.Draw(image).polygon(points, fill=COLOURS[colour])
+    return image
+
+
+IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+def clean_label(text):
+    """The first line of a caption as a label: no article, no full stop, at most MAX_LABEL bytes, cut between words."""
+    label = re.sub(r"^(an?|the)\s+", "", text.strip().split("\n")[0].strip().rstrip("."), flags=re.I)
+    while len(label.encode()) > MAX_LABEL:
+        label = label.rsplit(" ", 1)[0] if " " in label else label.encode()[:MAX_LABEL].decode(errors="ignore")
+    return label.lower()
+
+
+def folder_subjects(folder):
+    """A user's own images, by metadata.jsonl, sidecar name.txt or class folders. Raises BadInput if none is usable."""
+    root, subjects, skipped = Path(folder), [], []
+    if not root.is_dir():
+        raise BadInput(f"--data {folder}: no such folder (give emoji, shapes or a folder of images)")
+    if (root / "metadata.jsonl").is_file():
+        records = [line for line in (root / "metadata.jsonl").read_text(errors="replace").splitlines() if line.strip()]
+    else:
+        records = [json.dumps({"file_name": str(p.relative_to(root))}) for p in sorted(root.rglob("*"))
+                   if p.suffix.lower() in IMAGE_ENDINGS]
+    for line in records:
+        try:
+            record = json.loads(line)
+            path = root / record["file_name"]
+            text = record.get("label") or record.get("text")
+            if not text and path.with_suffix(".txt").is_file():
+                text = path.with_suffix(".txt").read_text(errors="replace")
+            with Image.open(path) as image:  # reads the header only; pixels are decoded where they are used
+                alpha = "A" in image.getbands() or "transparency" in image.info
+        except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
+            skipped.append(f"{line[:80]} ({error})")
+            continue
+        name = f"{root.name}/{record.get('subject_id', record['file_name'])}"
+        label = clean_label(text or (path.stem if path.parent == root else path.parent.name))
+        mask = str(root / record["mask"]) if record.get("mask") else ""
+        subjects.append(Subject(name, label, "file", str(path), mask, alpha or bool(mask)))
+    if skipped:
+        print(f"{folder}: skipped {len(skipped)} of {len(records)} images: {'; '.join(skipped[:3])}", file=sys.stderr)
+    if not subjects:
+        raise BadInput(f"--data {folder}: not one usable image in it (looked for {', '.join(sorted(IMAGE_ENDINGS))})")
+    return subjects
+
+
+def load_subjects(data=None):
+    """`emoji`, `shapes`, a folder, or several with commas between -> list of Subject. None: emoji, else shapes, aloud."""
+    if data is None and emoji_font() is None:
+        print(f"{NO_EMOJI}: using --data shapes", file=sys.stderr)
+        data = "shapes"
+    sources = {"emoji": emoji_subjects, "shapes": shape_subjects}
+    return [subject for source in (data or "emoji").split(",")
+            for subject in (sources[source]() if source in sources else folder_subjects(source))]
+
+
+def is_held_out(subject):
+    """One subject in ten, by a hash of its name, is never trained on."""
+    return zlib.crc32(subject.name.encode()) % 10 == 0
+
+
+def read_image(path):
+    """Any image file, turned as its EXIF says -> RGBA image. Raises BadInput, naming the file."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: not a readable image ({error})") from error
+
+
+def open_square(path, size):
+    """Any image file as a picture -> RGB image, size x size: alpha on white, the centred square. Raises BadInput."""
+    image = read_image(path)
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
+
+MIDDLE = [0] * 128 + [255] * 128  # masks are cut at their middle, never at > 0: no halo of the old background
+
+
+@functools.lru_cache(maxsize=4096)
+def cutout(subject):
+    """The subject's pixels, cropped to its mask -> RGBA image, at most 256 px. Raises BadInput on a broken file."""
+    image = {"emoji": draw_emoji, "shapes": draw_shape, "file": read_image}[subject.source](subject.path)
+    if subject.mask:
+        image.putalpha(read_image(subject.mask).convert("L").resize(image.size, Image.Resampling.NEAREST).point(MIDDLE))
+    box = image.getchannel("A").point(MIDDLE).getbbox()
+    if box is None:
+        raise BadInput(f"{subject.path}: its mask is empty")
+    image = image.crop(box)
+    image.thumbnail((256, 256))
+    return image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backgrounds: drawn by code, so that their words are exactly true
+
+BACKGROUNDS = {  # words: (top of the sky, its lower edge, top of the ground, its lower edge)
+    "on the grass": ((90, 170, 240), (205, 232, 250), (125, 195, 80), (60, 140, 50)),
+    "on the beach": ((110, 190, 245), (210, 235, 250), (240, 220, 160), (225, 195, 130)),
+    "in the snow": ((150, 185, 220), (225, 235, 245), (250, 250, 255), (210, 222, 240)),
+    "in the desert": ((240, 180, 100), (252, 228, 175), (228, 175, 100), (190, 130, 70)),
+    "in the city at night": ((12, 14, 45), (55, 45, 95), (48, 48, 58), (28, 28, 34)),
+    "in the forest": ((150, 200, 190), (200, 225, 190), (85, 115, 55), (50, 80, 30)),
+    "under water": ((90, 190, 225), (40, 130, 195), (30, 100, 170), (12, 45, 100)),
+    "in space": ((6, 6, 22), (14, 10, 40), (14, 10, 40), (30, 12, 55)),
+    "at sunset": ((95, 55, 125), (250, 150, 80), (120, 60, 80), (55, 30, 60)),
+    "on the road": ((140, 195, 240), (220, 235, 245), (105, 105, 110), (75, 75, 80)),
+    "in a room": ((238, 218, 190), (228, 205, 172), (165, 110, 68), (120, 75, 45)),
+    **{f"on {'an' if name == 'orange' else 'a'} {name} background": (rgb,) * 4 for name, rgb in COLOURS.items()},
+}
+
+
+def draw_background(words, size, rng):
+    """The background of these words, with its own light, horizon and details -> RGB image, size x size."""
+    big = 2 * size  # drawn twice as large and averaged: smooth edges
+    light = rng.uniform(0.9, 1.1, 2).repeat(2) if "background" not in words else rng.uniform(0.9, 1.1)
+    sky, sky_low, ground, ground_low = np.clip(np.array(BACKGROUNDS[words]) * np.reshape(light, (-1, 1)), 0, 255)
+    h, x, dots = rng.uniform(33, 38), rng.uniform(8, 56), rng.uniform(0, 64, (12, 2))  # in 64ths of the canvas
+    up, down = (np.linspace(0, 1, n)[:, None] for n in (int(h * big / 64), big - int(h * big / 64)))
+    column = np.concatenate([sky + (sky_low - sky) * up, ground + (ground_low - ground) * down])  # (big, 3)
+    image = Image.fromarray(np.broadcast_to(column[:, None], (big, big, 3)).astype(np.uint8))
+
+    def disc(cx, cy, r):
+        return "ellipse", (cx - r, cy - r, cx + r, cy + r)
+
+    towers = [(i * 11 - x / 5, h - 6 * (2 + int(cy) % 3)) for i, (_, cy) in enumerate(dots[:7])]
+    details = {
+        "on the grass": [(*disc(x + dx, 10, r), (250, 250, 252)) for dx, r in ((-5, 3), (0, 4.5), (5, 3.5))],
+        "on the beach": [("rectangle", (0, h - 10, 64, h), (45, 130, 195)), ("rectangle", (0, h - 1.5, 64, h), (235, 245, 250))],
+        "in the snow": [("polygon", (cx - 20, h, cx, 10, cx + 20, h), (175, 195, 218)) for cx in (x - 26, x + 4, x + 34)],
+        "in the desert": [(*disc(x, 14, 6), (255, 240, 190))],
+        "in the city at night": [("rectangle", (cx, top, cx + 9, h), (32, 32, 52)) for cx, top in towers]
+        + [("rectangle", (cx + 2, y, cx + 7, y + 2), (250, 220, 120)) for cx, top in towers for y in np.arange(top + 2, h - 2, 6)],
+        "in the forest": [("polygon", (cx - 8, h + 2, cx, 6, cx + 8, h + 2), (35, 95, 50)) for cx in np.arange(5) * 16 - x / 4],
+        "under water": [(*disc(cx, cy, 1.6), (150, 215, 240)) for cx, cy in dots],
+        "in space": [(*disc(cx, cy, 0.8), (255, 255, 230)) for cx, cy in dots],
+        "at sunset": [(*disc(x, 14, 6), (255, 240, 190))],
+        "on the road": [("rectangle", (0, h, 64, h + 3), (120, 160, 90)), ("rectangle", (0, 57, 64, 59), (240, 240, 225))],
+        "in a room": [("rectangle", (x - 7, 6, x + 7, 18), (110, 70, 40)), ("rectangle", (x - 5, 8, x + 5, 16), (250, 250, 245))],
+    }
+    draw = ImageDraw.Draw(image)
+    for kind, corners, colour in details.get(words, []):
+        getattr(draw, kind)([c * big / 64 for c in corners], fill=colour)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes
+
+SIZES = {"": 0.75, "small": 0.5}                 # word: side of the subject's box, as a share of the canvas
+PLACES = {"on the left": 0.0, "": 0.5, "on the right": 1.0}
+
+
+class Placement(NamedTuple):
+    side: float  # of the square box that the subject fills, as a share of the canvas
+    x: float     # share of the free space that lies left of the box: 0 left, 1 right
+    y: float     # and above it
+
+
+def named_placement(rng):
+    """A placement that the caption names -> (Placement, size word, place word).
+
+    On a canvas of 8 x 8 patches these are whole patches, so a subject that is only moved keeps its codes: drawing it
+    elsewhere begins as copying, which is what a small model can learn in an hour.
+    """
+    size, place = list(SIZES)[rng.integers(2)], list(PLACES)[rng.integers(3)]
+    return Placement(SIZES[size], PLACES[place], 0.5 if size == "" else 0.75), size, place
+
+
+def free_placement(rng):
+    return Placement(rng.uniform(0.5, 0.9), rng.uniform(), rng.uniform())
+
+
+def write_caption(rng, label, background, size=None, place=None):
+    """One of several wordings that name subject, background, size ("": big) and place ("": the middle; None: unsaid)."""
+    size = rng.choice(["", "big"]) if size == "" else size or ""
+    place = rng.choice(["", "in the middle"]) if place == "" else place or ""
+    thing = f"{size} {label}".strip()
+    thing = ("an " if thing[:1] in "aeiou" else "a ") + thing
+    wordings = (f"{thing} {background}, {place}", f"{background}, {thing} {place}", f"{thing} {place}, {background}")
+    return wordings[rng.integers(3)].strip(" ,").replace(" ,", ",")
+
+
+def compose(sprite, background, placement):
+    """Pastes an RGBA sprite into its box (standing at the bottom centre) -> (scene, the sprite alone on black)."""
+    canvas = background.width
+    side = placement.side * canvas
+    scale = side / max(sprite.size)
+    w, h = (max(1, round(n * scale)) for n in sprite.size)
+    x = round(placement.x * (canvas - side) + (side - w) / 2)
+    y = round(placement.y * (canvas - side) + side - h)
+    layer = Image.new("RGBA", background.size)
+    layer.paste(sprite.resize((w, h), Image.Resampling.BICUBIC), (x, y))
+    alone = Image.alpha_composite(Image.new("RGBA", background.size, (0, 0, 0, 255)), layer).convert("RGB")
+    return Image.alpha_composite(background.convert("RGBA"), layer).convert("RGB"), alone
+
+
+def recolour(sprite, rng):
+    """Turns the hue and mirrors at random: a label alone no longer tells the look, so the reference must be looked at."""
+    if rng.uniform() < 0.5:
+        sprite = ImageOps.mirror(sprite)
+    if rng.uniform() < 0.6:
+        alpha, shift = sprite.getchannel("A"), int(rng.integers(256))
+        hue, saturation, value = sprite.convert("RGB").convert("HSV").split()
+        sprite = Image.merge("HSV", (hue.point(lambda v: (v + shift) % 256), saturation, value)).convert("RGB")
+        sprite.putalpha(alpha)
+    return sprite
+
+
+def distort(sprite, rng):
+    """Recovery's damage (official code): with p .5 stretch, shear, rotation, and corners jittered by up to 20%."""
+    if rng.uniform() < 0.5:
+        return sprite
+    angle = np.radians(rng.uniform(-20, 20))
+    turn = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
+    shear, stretch = np.array([(1, rng.uniform(-0.3, 0.3)), (0, 1)]), np.diag([rng.uniform(0.7, 1.3), 1])
+    corners = np.array([(-1, -1), (-1, 1), (1, 1), (1, -1)]) * rng.uniform(1.0, 1.2, (4, 2))
+    # QUAD asks which point of the sprite each corner of the result shows; beyond the sprite all is transparent.
+    quad = ((corners @ stretch @ shear.T @ turn.T) + 1) / 2 * sprite.size
+    return sprite.transform(sprite.size, Image.Transform.QUAD, quad.flatten(), Image.Resampling.BICUBIC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+TASKS = ("text-to-image", "reconstruction", "segmentation", "recovery", "subject-driven")
+
+
+class Tasks:
+    """A map-style dataset: item `index` is a pure function of (seed, index), whatever the number of workers.
+
+    Items: dict(task, label, caption, refs: list of uint8 (H, W, 3), target: uint8 (H, W, 3), hide: what training hides
+    from the model, for guidance). With `train`, a subject that a reference shows is recoloured; without, the dataset
+    holds the held-out subjects alone.
+    """
+
+    def __init__(self, subjects, mix, size, seed, train=True):
+        self.subjects = [s for s in subjects if is_held_out(s) != train]
+        if not self.subjects:
+            print("too few subjects to hold one in ten out: held-out figures are of training subjects", file=sys.stderr)
+            self.subjects = subjects
+        self.cutouts = [s for s in self.subjects if s.has_cutout]
+        self.mix, self.size, self.seed, self.train = mix, size, seed, train
+        self.views = {}  # name -> every picture of that subject
+        for s in self.cutouts:
+            self.views.setdefault(s.name, []).append(s)
+        if not self.cutouts and set(mix) & {"segmentation", "recovery", "subject-driven"}:
+            raise BadInput("none of these images has alpha or a mask: train with --mix text-to-image=.8,reconstruction=.2")
+
+    def __len__(self):
+        return sys.maxsize
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([self.seed, index])
+        task = str(rng.choice(list(self.mix), p=list(self.mix.values())))
+        for _ in range(100):
+            try:
+                sample = self.make(task, rng)
+            except BadInput:  # a broken file: another subject takes its place
+                continue
+            hide = str(rng.choice(["all", "images", "text", ""], p=[0.1, 0.05, 0.05, 0.8]))
+            return sample | {"task": task, "hide": hide}
+        raise BadInput("a hundred images in a row could not be read")
+
+    def make(self, task, rng):
+        pool = self.subjects if task in ("text-to-image", "reconstruction") else self.cutouts
+        subject = pool[rng.integers(len(pool))]
+        if not subject.has_cutout:
+            picture = np.asarray(open_square(subject.path, self.size))
+            return {"label": subject.label, "caption": subject.label, "target": picture,
+                    "refs": [picture] * (task == "reconstruction")}
+        sprite = cutout(subject)
+        if self.train and task != "text-to-image":
+            sprite = recolour(sprite, rng)
+        here, elsewhere = (list(BACKGROUNDS)[i] for i in rng.choice(len(BACKGROUNDS), 2, replace=False))
+        placement, size, place = named_placement(rng)
+        if task in ("reconstruction", "segmentation") and rng.uniform() < 0.7:
+            placement, size, place = free_placement(rng), None, None
+        image, alone = compose(sprite, draw_background(here, self.size, rng), placement)
+        caption = write_caption(rng, subject.label, here, size, place)
+        if task == "reconstruction" and rng.uniform() < 0.1:
+            caption = ""
+        reference = image
+        if task == "recovery":
+            damaged = Placement(rng.uniform(0.4, 1.0), rng.uniform(), rng.uniform())
+            reference, _ = compose(distort(sprite, rng), draw_background(elsewhere, self.size, rng), damaged)
+        elif task == "subject-driven":
+            views = [s for s in self.views[subject.name] if s is not subject]  # other pictures of the same subject
+            if views:
+                sprite = cutout(views[rng.integers(len(views))])
+            where = Placement(0.75, rng.integers(3) / 2, 0.5) if rng.uniform() < 0.6 else free_placement(rng)
+            reference, _ = compose(sprite, draw_background(elsewhere, self.size, rng), where)
+        return {"label": subject.label, "caption": caption, "refs": [np.asarray(reference)] * (task != "text-to-image"),
+                "target": np.asarray(alone if task == "segmentation" else image)}
+
+
+def main():
+    from sample import save_sheet, whole_file  # here, because sample.py imports this file
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="emoji, shapes or a folder of images; several with commas between (default: emoji)")
+    parser.add_argument("--size", type=positive, default=64, help="pixels a side")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--subject", metavar="LABEL", help="write this subject on a background, instead of a sheet")
+    parser.add_argument("-o", "--output", default="data.png")
+    args = parser.parse_args()
+    subjects = load_subjects(args.data)
+    if args.subject:
+        found = [s for s in subjects if args.subject.lower() in s.label and s.has_cutout]
+        if not found:
+            some = ", ".join(s.label for s in subjects[::len(subjects) // 12 + 1])
+            raise BadInput(f"--subject {args.subject}: no such label; some that there are: {some}")
+        subject, rng = min(found, key=lambda s: len(s.label)), np.random.default_rng(args.seed)
+        words = list(BACKGROUNDS)[rng.integers(11)]  # a place, not a plain colour
+        picture, _ = compose(cutout(subject), draw_background(words, 256, rng), Placement(0.75, 0.5, 0.5))
+        with whole_file(args.output) as temporary:
+            picture.save(temporary, "PNG")
+        print(f"wrote {args.output}: {subject.label}, {words} ({'held out' if is_held_out(subject) else 'trained on'})")
+        return
+    samples = {task: [Tasks(subjects, {task: 1.0}, args.size, args.seed)[i] for i in range(6)] for task in TASKS}
+    save_sheet([(f"{task}: {'reference, ' if row[0]['refs'] else ''}target",
+                 [(f"{s['label']}: {s['caption']}", [*s["refs"], s["target"]]) for s in row])
+                for task, row in samples.items()], args.output)
+    print(f"wrote {args.output}: {len(subjects)} subjects, {sum(map(is_held_out, subjects))} of them held out")
+
+
+if __name__ == "__main__":
+    import data  # not as __main__: else BadInput would be two classes
+
+    data.run(data.main)

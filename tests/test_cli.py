@@ -1,0 +1,169 @@
+"""The commands of the README, and what they say when they cannot go on."""
+import re
+import shlex
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TOY, script
+from PIL import Image
+
+import data
+import sample
+import train
+
+
+@pytest.fixture
+def ref(tmp_path):
+    path = tmp_path / "ref.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def call(monkeypatch, capsys, main, *args):
+    """A script's main in this process -> (exit code, last words on stderr, stdout)"""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
+    code = 0
+    try:
+        data.run(main)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, err.splitlines(), out
+
+
+@pytest.mark.parametrize("given, task", [
+    (("--ref", "REF", "--label", "red star", "--prompt", "a red star in space"), "subject-driven"),
+    (("--ref", "REF", "--label", "red star"), "segmentation"),
+    (("--ref", "REF", "--prompt", "a star"), "reconstruction"),
+    (("--ref", "REF"), "reconstruction"),
+    (("--prompt", "a star in space ⭐ 星"), "text-to-image"),
+])
+def test_task_follows_from_what_is_given(trained, tmp_path, ref, monkeypatch, capsys, given, task):
+    given = [str(ref) if word == "REF" else word for word in given]
+    code, _, out = call(monkeypatch, capsys, sample.main, *given, "--ckpt", trained / "stage2.pt", "-o", tmp_path / "x.png")
+    assert code == 0 and out.startswith(task) and "s a picture" in out
+    assert Image.open(tmp_path / "x.png").size == (32, 32)
+
+
+def test_several_pictures_as_a_grid_or_one_file_each(trained, tmp_path, monkeypatch, capsys):
+    common = ("--prompt", "a red star", "-n", 5, "--seed", 3, "--ckpt", trained / "stage2.pt", "-o")
+    assert call(monkeypatch, capsys, sample.main, *common, tmp_path / "grid.png")[0] == 0
+    assert Image.open(tmp_path / "grid.png").width > 4 * 96
+    assert call(monkeypatch, capsys, sample.main, *common, tmp_path / "each")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "each").iterdir()) == [f"{i}.png" for i in range(3, 8)]
+    call(monkeypatch, capsys, sample.main, "--prompt", "a red star", "--seed", 5, "--ckpt", trained / "stage2.pt", "-o", tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "each" / "5.png").read_bytes()
+
+
+def test_export_halves_the_weights_and_draws(trained, tmp_path, monkeypatch, capsys):
+    small = tmp_path / "weights" / "toy.pt"
+    code, _, out = call(monkeypatch, capsys, train.main, "--export", small, "--out", trained)
+    assert code == 0 and "MB" in out
+    exported = torch.load(small, weights_only=True)
+    assert all(t.dtype in (torch.float16, torch.int64) for t in exported["model"].values()) and "optimizers" not in exported
+    assert call(monkeypatch, capsys, sample.main, "--prompt", "a star", "--ckpt", small, "-o", tmp_path / "x.png")[0] == 0
+
+
+# -- bad input: one line, exit code 2, nothing overwritten
+
+
+def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
+    whole, broken = trained / "stage2.pt", tmp_path / "broken.pt"
+    broken.write_bytes(whole.read_bytes()[:50_000])
+    (tmp_path / "text.png").write_text("not an image")
+    kept = tmp_path / "x.png"
+    kept.write_text("kept")
+    good = ("--prompt", "a star")
+    for args, words in [
+        (("--label", "star"), "--label star"),
+        ((), "nothing to draw"),
+        (("--ref", tmp_path / "none.png"), "none.png: not a readable image"),
+        (("--ref", tmp_path / "text.png"), "text.png: not a readable image"),
+        (("--prompt", "x" * 500), "bytes of text, and"),
+        ((*good, "--ckpt", broken), "broken.pt: not a checkpoint"),
+        ((*good, "--ckpt", tmp_path / "none.pt"), "none.pt: no such file"),
+        ((*good, "--ckpt", trained / "tokenizer.pt"), "the tokenizer alone"),
+        ((*good, "-n", "0"), "not a whole number above 0"),
+        ((*good, "--temperature", "-1"), "must not be negative"),
+        ((*good, "--nonsense"), "unrecognized arguments"),
+        ((*good, "-o", ref / "under" / "a" / "file.png"), "cannot be written"),
+    ]:
+        code, err, _ = call(monkeypatch, capsys, sample.main, "--ckpt", whole, "-o", kept, *args)
+        assert code == 2 and len(err) == 1 and words in err[0], (args, err)
+        assert kept.read_text() == "kept"
+
+
+def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unusable").mkdir()
+    (tmp_path / "unusable" / "a.png").write_text("no image")
+    for name in ("stage1.pt", "stage2.pt", "tokenizer.pt"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes()[:20_000])
+    out, toy = ("--out", tmp_path / "new"), ("--stage", 1, *TOY)
+    for args, words in [
+        (("--stage", 2, *TOY, *out), "stage1.pt is missing"),
+        ((*out,), "--stage"),
+        (("--stage", 3, *out), "--stage"),
+        (("--stage", 1, "--preset", "huge", *out), "--preset"),
+        ((*toy, *out, "--mix", "painting=1"), "no task 'painting'"),
+        ((*toy, *out, "--mix", "segmentation=-1"), "from 0 up"),
+        ((*toy, *out, "--mix", "segmentation=0"), "not all 0"),
+        ((*toy, *out, "--mix", "segmentation=nan"), "from 0 up"),
+        ((*toy, *out, "--mix", ""), "no task ''"),
+        ((*toy, *out, "--steps", "0"), "not a whole number above 0"),
+        ((*toy, *out, "--data", tmp_path / "none"), "no such folder"),
+        ((*toy, *out, "--data", tmp_path / "empty"), "not one usable image"),
+        ((*toy, *out, "--data", tmp_path / "unusable"), "not one usable image"),
+        ((*toy, "--out", trained, "--seed", "1"), "was trained with --seed 0"),
+        (("--stage", 1, "--preset", "cpu", "--data", "shapes", "--out", trained), "of another preset"),
+        ((*toy, "--out", tmp_path), "tokenizer.pt: not a checkpoint"),
+        (("--export", tmp_path / "x.pt", *out), "stage2.pt: no such file"),
+    ]:
+        code, err, _ = call(monkeypatch, capsys, train.main, *args)
+        assert code == 2 and words in err[-1] and not any("Traceback" in line for line in err), (args, err)
+    assert not (tmp_path / "x.pt").exists() and (tmp_path / "stage1.pt").stat().st_size == 20_000
+
+
+def test_data_writes_sheets_and_references(tmp_path, monkeypatch, capsys):
+    code, _, out = call(monkeypatch, capsys, data.main, "--data", "shapes", "-o", tmp_path / "sheet.png")
+    assert code == 0 and "of them held out" in out and Image.open(tmp_path / "sheet.png").width > 1000
+    code, _, out = call(monkeypatch, capsys, data.main, "--data", "shapes", "--subject", "red blue star", "-o", tmp_path / "star.png")
+    assert code == 0 and Image.open(tmp_path / "star.png").size == (256, 256)
+    code, err, _ = call(monkeypatch, capsys, data.main, "--data", "shapes", "--subject", "unicorn", "-o", tmp_path / "star.png")
+    assert code == 2 and "no such label" in err[0]
+
+
+# -- the README
+
+
+def readme_commands():
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.match(r"python (train|sample|data)\.py", line)]
+
+
+def test_readme_commands_run_as_written(trained, tmp_path):
+    """Every command of the README, in order, in one folder; training for two toy steps in place of the default's hours."""
+    commands = readme_commands()
+    assert len(commands) >= 8
+    (tmp_path / "my_folder").mkdir()
+    for i in range(12):
+        data.draw_shape("star red blue").save(tmp_path / "my_folder" / f"{i}.png")
+    (tmp_path / "weights").mkdir()
+    for line in commands:
+        name, *args = shlex.split(line)[1:]
+        if name == "train.py" and "--export" not in args:
+            args += ["--preset", "test", "--steps", "2", "--out", "out"]
+            if "--data" not in args:
+                args += ["--data", "shapes"]
+            if "my_folder" in args or args[1] == "0":
+                args += ["--out", "own"]
+            if args[1] == "2" and not (tmp_path / "out" / "stage1.pt").exists():
+                shutil.copytree(trained, tmp_path / "out", dirs_exist_ok=True)
+        elif name == "data.py" and "--data" not in args and data.emoji_font() is None:
+            continue
+        done = script(name, *args, cwd=tmp_path)
+        assert done.returncode == 0, (line, done.stderr[-500:])

@@ -1,0 +1,381 @@
+"""Trains everything: stage 0 the image tokenizer, stage 1 multimodal alignment, stage 2 multimodal instruction.
+
+    python train.py --stage 1                        the tokenizer first, if out/ has none
+    python train.py --stage 2                        starts from out/stage1.pt
+    python train.py --stage 1 --data my_folder       your own cut-outs
+    torchrun --nproc_per_node=8 train.py --stage 1   eight GPUs; the same gradients as one with the same --batch-size
+    python train.py --export weights/cpu.pt          the finished model, in half precision
+
+The same command again resumes where it stopped. In --out: stageN.pt (checkpoint), stageN.png (what it draws of held-out
+subjects), log.jsonl (a line per logged step).
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+from data import BadInput
+from mentor import (CONFIGS, GUIDANCE, Mentor, build_sequence, fill_prompt, generate, hide_condition, load_checkpoint,
+                    pad_sequences)
+from sample import save_sheet, whole_file
+from tokenizer import Tokenizer, codebook_usage, psnr, to_arrays, to_images
+
+SCHEDULES = {  # per stage 0, 1, 2: optimizer steps, samples a step (images, in stage 0), peak learning rate
+    "test": dict(steps=(150, 80, 80), batch_size=(32, 16, 16), lr=(2e-3, 3e-3, 2e-3), micro_batch=16),
+    "cpu": dict(steps=(4200, 2300, 4200), batch_size=(64, 32, 32), lr=(2e-3, 2e-3, 1e-3), micro_batch=16),
+    "gpu": dict(steps=(50_000, 60_000, 60_000), batch_size=(256, 256, 256), lr=(1e-3, 1e-3, 5e-4), micro_batch=64),
+    "paper": dict(steps=(200_000, 20_000, 20_000), batch_size=(128, 128, 128), lr=(2e-4, 5e-4, 1e-4), micro_batch=4),
+}
+MIXES = {  # share of each task in a stage
+    0: {"segmentation": 0.3, "recovery": 0.2, "subject-driven": 0.5},  # every kind of picture, two a sample
+    1: {"text-to-image": 0.28, "reconstruction": 0.07, "segmentation": 0.65},  # the paper's
+    # The paper has .46, -, .115, .115, .31. At this scale a stage without reconstruction forgets to copy (README).
+    2: {"text-to-image": 0.36, "reconstruction": 0.05, "segmentation": 0.115, "recovery": 0.115, "subject-driven": 0.36},
+}
+
+
+def parse_mix(text):
+    """'segmentation=.65,text-to-image=.35' -> dict that sums to 1. Raises BadInput."""
+    mix = {}
+    for item in text.split(","):
+        task, _, share = item.partition("=")
+        if task not in data.TASKS:
+            raise BadInput(f"--mix: no task {task!r} (there are {', '.join(data.TASKS)})")
+        try:
+            mix[task] = float(share)
+        except ValueError:
+            raise BadInput(f"--mix: {item!r} is not a share (write {task}=0.5)") from None
+    if not all(0 <= share < math.inf for share in mix.values()) or sum(mix.values()) == 0:
+        raise BadInput(f"--mix {text}: shares must be numbers from 0 up, and not all 0")
+    return {task: share / sum(mix.values()) for task, share in mix.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From samples to tensors
+
+
+def has_bf16(device):
+    """Whether the hardware multiplies bf16: CUDA does, and CPUs with avx512_bf16 (several times as fast as fp32)."""
+    return device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+
+
+def encode_samples(tokenizer, samples, device):
+    """-> list of (pieces, references' codes, target's codes), codes (N,) on the CPU, with one pass of the encoder"""
+    images = [image for s in samples for image in (*s["refs"], s["target"])]
+    with autocast(device):
+        codes = iter(tokenizer.encode(to_images(images, device)).cpu())
+    return [(fill_prompt(s["task"], s["label"], s["caption"]), [next(codes) for _ in s["refs"]], next(codes)) for s in samples]
+
+
+def to_batch(config, encoded, device):
+    """-> ids (B, T), positions (B, T, 3), lengths (B,), target codes (B, N)"""
+    sequences = [build_sequence(config, *sample) for sample in encoded]
+    return [x.to(device) for x in (*pad_sequences(sequences, multiple=32), torch.stack([target for _, _, target in encoded]))]
+
+
+def micro_batches(config, tokenizer, samples, size, device):
+    """One step's samples, sorted by length and split: short sequences are not padded to the longest. The parts are of
+    equal size, so the mean of their losses is the loss of the whole batch."""
+    encoded = [(*hide_condition(pieces, references, s["hide"]), target)
+               for s, (pieces, references, target) in zip(samples, encode_samples(tokenizer, samples, device))]
+    encoded.sort(key=lambda sample: (len(sample[1]), len("".join(sample[0]).encode())))
+    for i in range(0, len(encoded), size):
+        yield to_batch(config, encoded[i:i + size], device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+def learning_rate(step, steps, peak):
+    """5% linear warm-up, then a cosine to zero (paper, section 4); counted in optimizer steps."""
+    warmup = max(1, round(0.05 * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - 1 - warmup)))
+
+
+def make_optimizers(model, bf16, fused):
+    """Muon on the hidden matrices, AdamW on all else (embeddings, gains, the tokenizer).
+
+    torch's Muon orthogonalises in bf16: where the hardware does not multiply bf16 fast, AdamW takes the matrices too.
+    """
+    named = list(model.named_parameters())
+    hidden = [p for name, p in named if bf16 and name.startswith("blocks.") and p.ndim == 2]
+    rest = [p for name, p in named if not any(p is h for h in hidden)]
+    decay, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    if isinstance(model, Tokenizer):
+        groups = [{"params": decay + plain, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)]
+    if hidden:  # match_rms_adamw: one learning rate serves both
+        optimizers.append(torch.optim.Muon(hidden, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+    grouped = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(named), "each parameter belongs in exactly one group"
+    return optimizers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at what was learnt, on held-out subjects
+
+
+@torch.no_grad()
+def held_out_losses(model, tokenizer, datasets, n, device):
+    """Cross-entropy per task in nats a code, and two gains: how much worse the model does with the next sample's
+    reference, or text, in place of its own. A gain of 0 means that it does not look."""
+    losses = {}
+
+    def mean_loss(encoded):
+        total = 0.0
+        for i in range(0, n, 16):
+            with autocast(device):
+                total += model(*to_batch(model.config, encoded[i:i + 16], device)).sum().item()
+        return total / n
+
+    for task, dataset in datasets.items():
+        encoded = encode_samples(tokenizer, [dataset[i] for i in range(n)], device)
+        losses[task] = mean_loss(encoded)
+        if task == "subject-driven":
+            pieces, references, targets = (list(column) for column in zip(*encoded))
+            swapped = mean_loss(list(zip(pieces, references[1:] + references[:1], targets)))
+            losses["reference gain"] = swapped - losses[task]
+            swapped = mean_loss(list(zip(pieces[1:] + pieces[:1], references, targets)))
+            losses["prompt gain"] = swapped - losses[task]
+    return {name: round(value, 4) for name, value in losses.items()}
+
+
+@torch.no_grad()
+def held_out_sheet(model, tokenizer, datasets, path, device, n=6):
+    """Draws n held-out samples of every task into one labelled picture: reference, target, drawn."""
+    rows = []
+    for task, dataset in datasets.items():
+        samples = [dataset[i] for i in range(n)]
+        cfg_image, cfg_text = GUIDANCE[task]
+        with autocast(device):
+            prompts = [(pieces, references) for pieces, references, _ in encode_samples(tokenizer, samples, device)]
+            codes = generate(model, prompts, cfg_image=cfg_image, cfg_text=cfg_text, temperature=0.9)
+            drawn = to_arrays(tokenizer.decode(codes))
+        cells = [("<image>".join(pieces), [*s["refs"], s["target"], d]) for (pieces, _), s, d in zip(prompts, samples, drawn)]
+        rows.append((f"{task}: {'reference, ' if samples[0]['refs'] else ''}target, drawn", cells))
+    save_sheet(rows, path)
+
+
+@torch.no_grad()
+def tokenizer_quality(tokenizer, dataset, path, device, n=256):
+    """Held-out PSNR in dB, the codes in use and their perplexity; draws a sheet of pictures before and after."""
+    samples = [dataset[i] for i in range(n)]
+    images = to_images([s["target"] for s in samples], device)
+    with autocast(device):
+        codes = tokenizer.encode(images)
+        drawn = tokenizer.decode(codes)
+    cells = [("", [s["target"], d]) for s, d in zip(samples, to_arrays(drawn[:24]))]
+    save_sheet([("picture, through the tokenizer", cells[i:i + 6]) for i in range(0, 24, 6)], path)
+    used, perplexity = codebook_usage(codes, len(tokenizer.codebook))
+    return {"psnr": round(psnr(drawn, images), 2), "used": used, "perplexity": round(perplexity, 1)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop, the same for all three stages
+
+
+def save(path, **state):
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
+
+
+def train(stage, args, device, rank, world):
+    """Trains one stage to its end, or goes on with it; returns at once where it is finished."""
+    config, schedule = CONFIGS[args.preset], SCHEDULES[args.preset]
+    steps = args.steps or schedule["steps"][stage]
+    batch_size = args.batch_size or schedule["batch_size"][stage]
+    micro_batch = min(schedule["micro_batch"], batch_size // world) if stage else batch_size // world
+    if batch_size % (world * micro_batch):
+        raise BadInput(f"--batch-size {batch_size}: must be a multiple of {world * micro_batch} "
+                       f"({world} processes x micro-batches of {micro_batch})")
+    path = os.path.join(args.out, f"stage{stage}.pt" if stage else "tokenizer.pt")
+    settings = dict(preset=args.preset, data=args.data or "", steps=steps, batch_size=batch_size, seed=args.seed)
+    mix = parse_mix(args.mix) if args.mix else MIXES[stage]
+
+    torch.manual_seed(args.seed)
+    tokenizer = Tokenizer(config.downsample, config.codebook_size, config.code_dim, config.channels).to(device)
+    model = tokenizer if stage == 0 else Mentor(config).to(device)
+    first, seconds = 0, 0.0
+    optimizers = make_optimizers(model, has_bf16(device), fused=device.type == "cuda")
+    if os.path.exists(path):
+        checkpoint = checked(path, config, stage)
+        for name, value in checkpoint["settings"].items():
+            if settings[name] != value:
+                raise BadInput(f"{path} was trained with --{name.replace('_', '-')} {value}, not {settings[name]}: "
+                               "give the same, or another --out")
+        first, seconds = checkpoint["step"], checkpoint["seconds"]
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    elif stage:
+        before = os.path.join(args.out, "stage1.pt" if stage == 2 else "tokenizer.pt")
+        if not os.path.exists(before):
+            raise BadInput(f"{before} is missing: stage 2 starts from it (python train.py --stage 1 --out {args.out})")
+        checkpoint = checked(before, config, stage - 1)
+        if stage == 2:
+            model.load_state_dict(checkpoint["model"])
+        else:
+            model.codebook.copy_(torch.nn.functional.normalize(checkpoint["tokenizer"]["codebook"], dim=-1))
+    if first >= steps:
+        return
+    if stage:
+        tokenizer.load_state_dict(checkpoint["tokenizer"])
+    tokenizer.requires_grad_(stage == 0)
+
+    subjects = data.load_subjects(args.data)
+    dataset = data.Tasks(subjects, mix, config.image_size, args.seed + stage)
+    held_out = {task: data.Tasks(subjects, {task: 1.0}, config.image_size, 1_000_000 + args.seed, train=False)
+                for task in (["subject-driven"] if stage == 0 else mix)}
+    per_step = batch_size // (2 if stage == 0 else 1)  # stage 0 takes both pictures of a sample
+    batches = [range(step * per_step + rank, (step + 1) * per_step, world) for step in range(first, steps)]
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers)
+    # Compiled for every length that occurs (multiples of 32). The tokenizer is convolutions: compiling it gains nothing.
+    net = torch.compile(model, dynamic=False) if args.compile and stage else model
+    if world > 1:
+        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+    stop = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.append(True))
+    evaluate_every, save_every = max(1, steps // 10), max(1, steps // 40)
+    started, log = time.time(), open(os.path.join(args.out, "log.jsonl"), "a")
+    bar = tqdm(total=steps, initial=first, desc=f"stage {stage}", disable=rank > 0, mininterval=1)
+
+    for step, samples in enumerate(loader, first):
+        lr = learning_rate(step, steps, schedule["lr"][stage])
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        torch.manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run draws the same
+        if stage == 0:
+            parts = [to_images([image for s in samples for image in (s["target"], *s["refs"])], device)]
+        else:
+            parts = list(micro_batches(config, tokenizer, samples, micro_batch, device))
+        total = 0.0
+        for i, part in enumerate(parts):
+            wait = net.no_sync() if world > 1 and i < len(parts) - 1 else nullcontext()
+            with wait, autocast(device):
+                if stage == 0:
+                    loss, codes, z = net(part)
+                else:
+                    loss = net(*part).mean()
+                (loss / len(parts)).backward()
+            total += loss.detach() / len(parts)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if stage == 0:
+            tokenizer.restart_dead_codes(codes, z)
+
+        done, now = step + 1, seconds + time.time() - started
+        if rank == 0 and (done % 10 == 0 or done == steps):
+            record = {"stage": stage, "step": done, "loss": round(total.item(), 4), "lr": round(lr, 7),
+                      "samples_per_second": round(batch_size * (done - first) / (now - seconds), 1), "seconds": round(now, 1)}
+            print(json.dumps(record), file=log, flush=True)
+            bar.set_postfix(loss=record["loss"], lr=f"{lr:.1e}", samples_s=record["samples_per_second"])
+        bar.update()
+        evaluate = done % evaluate_every == 0 or done == steps
+        if stop or evaluate or done % save_every == 0:
+            if rank == 0:  # first the checkpoint, then everything that may fail
+                save(path, stage=stage, step=done, seconds=now, settings=settings, config=dataclasses.asdict(config),
+                     model=model.state_dict(), tokenizer=tokenizer.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+            if stop:
+                bar.close()
+                print(f"stopped: step {done} of {steps} is saved in {path}; the same command goes on", file=sys.stderr)
+                sys.exit(130)
+        if evaluate and rank == 0:
+            sheet = os.path.join(args.out, f"stage{stage}.png")
+            if stage == 0:
+                result = tokenizer_quality(tokenizer, held_out["subject-driven"], sheet, device)
+            else:
+                result = held_out_losses(model, tokenizer, held_out, 16 if args.preset == "test" else 64, device)
+                held_out_sheet(model, tokenizer, held_out, sheet, device)
+            print(json.dumps({"stage": stage, "step": done, "held_out": result, "seconds": round(now, 1)}), file=log, flush=True)
+            bar.write(f"stage {stage}, step {done}, held out: " + ", ".join(f"{k} {v}" for k, v in result.items()))
+    bar.close()
+
+
+def checked(path, config, stage):
+    """A checkpoint of this preset and stage, else BadInput."""
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    if checkpoint["config"] != dataclasses.asdict(config) or checkpoint["stage"] != stage:
+        raise BadInput(f"{path} is of another preset or stage: give the --preset it was trained with, or another --out")
+    return checkpoint
+
+
+def export(args):
+    """Tokenizer and transformer in half precision, nothing else: what sample.py needs."""
+    source = os.path.join(args.out, "stage2.pt")
+    try:
+        checkpoint = load_checkpoint(source)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    half = {part: {k: v.half() if v.is_floating_point() else v for k, v in checkpoint[part].items()}
+            for part in ("model", "tokenizer")}
+    save(args.export, config=checkpoint["config"], stage=2, step=checkpoint["step"], **half)
+    print(f"wrote {args.export}, {os.path.getsize(args.export) / 1e6:.1f} MB")
+
+
+def main():
+    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    has_cuda = torch.cuda.is_available()
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2), help="0 tokenizer, 1 alignment, 2 instruction")
+    parser.add_argument("--preset", choices=CONFIGS, default="gpu" if has_cuda else "cpu", help="model, image size and schedule")
+    parser.add_argument("--data", help="emoji, shapes or a folder of images; several with commas between (default: emoji)")
+    parser.add_argument("--mix", help='share of each task, as in "segmentation=.65,text-to-image=.35" (default: the stage\'s)')
+    parser.add_argument("--steps", type=data.positive, help="optimizer steps of this stage (default: the preset's)")
+    parser.add_argument("--batch-size", type=data.positive, help="samples a step, over all processes (default: the preset's)")
+    parser.add_argument("--workers", type=int, default=1 if not has_cuda else 8, help="processes that compose samples")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="out", help="folder for checkpoints, sheets and the log (default: out)")
+    parser.add_argument("--device", choices=("cpu", "cuda")[:1 + has_cuda], default="cuda" if has_cuda else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: not for --preset test)")
+    parser.add_argument("--export", metavar="FILE", help="write the finished stage 2 of --out to FILE, in half precision")
+    args = parser.parse_args()
+    if args.export:
+        return export(args)
+    if args.stage is None:
+        raise BadInput("give --stage 0, 1 or 2 (or --export FILE)")
+    if args.compile is None:
+        args.compile = args.preset != "test"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    os.makedirs(args.out, exist_ok=True)
+    if args.stage == 1:
+        train(0, argparse.Namespace(**vars(args) | {"steps": None, "batch_size": None, "mix": None}), device, rank, world)
+    train(args.stage, args, device, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    data.run(main)
