@@ -129,14 +129,15 @@ def rms_norm(x):
     return F.rms_norm(x, x.shape[-1:])
 
 
-def rotary_table(positions, head_dim):
+def rotary_table(positions, head_dim, side):
     """positions (B, T, 3) -> cos, sin (B, 1, T, head_dim / 2): half of the pairs turn with the order, a quarter each with
     row and column. At position 0 that is cos 1 and sin 0, the identity (a table of zeros would blind attention to the
-    prefix, as it did in LlamaGen)."""
+    prefix, as it did in LlamaGen). Rows and columns turn fast, from half a turn a patch to half a turn an image of
+    `side` patches: neighbours must be told apart by a single step for a patch to be copied and not blurred."""
     half, quarter = head_dim // 4, head_dim // 8
     angles = []
-    for axis, pairs, base in ((0, half, 10000.0), (1, quarter, 100.0), (2, head_dim // 2 - half - quarter, 100.0)):
-        frequency = base ** (-torch.arange(pairs, device=positions.device) / pairs)
+    for axis, pairs, fastest, base in ((0, half, 1.0, 10000), (1, quarter, torch.pi, side), (2, quarter, torch.pi, side)):
+        frequency = fastest * base ** (-torch.arange(pairs, device=positions.device) / pairs)
         angles.append(positions[:, None, :, axis, None] * frequency)  # (B, 1, T, pairs)
     angles = torch.cat(angles, -1)
     return angles.cos(), angles.sin()
@@ -219,7 +220,7 @@ class Mentor(nn.Module):
         """ids (B, T), positions (B, T, 3) -> the last block's output, normalised (B, T, n_embd)."""
         table = torch.cat((self.embedding.weight[:FIRST_CODE], self.code_vectors()))
         x = rms_norm(F.embedding(ids, table))
-        rotary = rotary_table(positions, self.config.n_embd // self.config.n_head)
+        rotary = rotary_table(positions, self.config.n_embd // self.config.n_head, self.config.side)
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, cache if index is None else cache[i], index)
         return rms_norm(x)

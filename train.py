@@ -33,8 +33,8 @@ from sample import save_sheet, whole_file
 from tokenizer import Tokenizer, codebook_usage, psnr, to_arrays, to_images
 
 SCHEDULES = {  # per stage 0, 1, 2: optimizer steps, samples a step (images, in stage 0), peak learning rate
-    "test": dict(steps=(150, 80, 80), batch_size=(32, 16, 16), lr=(2e-3, 3e-3, 2e-3), micro_batch=16),
-    "cpu": dict(steps=(4200, 2300, 4200), batch_size=(64, 32, 32), lr=(2e-3, 2e-3, 1e-3), micro_batch=16),
+    "test": dict(steps=(150, 80, 80), batch_size=(32, 16, 16), lr=(2e-3, 1.2e-2, 6e-3), micro_batch=16),
+    "cpu": dict(steps=(4200, 1500, 2600), batch_size=(64, 32, 32), lr=(2e-3, 4e-3, 3e-3), micro_batch=16),
     "gpu": dict(steps=(50_000, 60_000, 60_000), batch_size=(256, 256, 256), lr=(1e-3, 1e-3, 5e-4), micro_batch=64),
     "paper": dict(steps=(200_000, 20_000, 20_000), batch_size=(128, 128, 128), lr=(2e-4, 5e-4, 1e-4), micro_batch=4),
 }

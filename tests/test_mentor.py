@@ -69,12 +69,12 @@ def test_hidden_conditions_are_the_branches_that_guidance_compares():
 
 
 def test_rotary_table_is_the_identity_at_position_zero():
-    cos, sin = rotary_table(torch.zeros(1, 3, 3, dtype=torch.long), 32)
+    cos, sin = rotary_table(torch.zeros(1, 3, 3, dtype=torch.long), 32, 4)
     assert torch.all(cos == 1) and torch.all(sin == 0) and cos.shape == (1, 1, 3, 16)
 
 
 def test_rotary_table_turns_with_each_of_the_three_axes():
-    tables = [rotary_table(torch.tensor([[position]]), 32)[1] for position in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    tables = [rotary_table(torch.tensor([[position]]), 32, 4)[1] for position in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
     turned = torch.stack([table.flatten() != 0 for table in tables])  # (axis, pair)
     assert turned.sum(1).tolist() == [8, 4, 4] and torch.all(turned.sum(0) == 1)
 
