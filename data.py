@@ -32,17 +32,19 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists everything)")
 
 
-def positive(text):
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def whole(least):
+    def number(text):  # an argparse type
+        if not text.isdecimal() or int(text) < least:
+            raise BadInput(f"{text!r} is not a whole number from {least} up (--help lists everything)")
+        return int(text)
+    return number
 
 
 def run(main):
     try:
         main()
-    except BadInput as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except (BadInput, OSError) as error:  # (a worker process wraps its error into a traceback: the last line counts)
+        print(f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -56,7 +58,8 @@ class Subject(NamedTuple):
     source: str               # "emoji", "shapes" or "file": how `cutout` reads it
     path: str                 # the character, the shape's recipe, or the image file
     mask: str = ""            # a mask image beside the file, where the alpha channel does not say it
-    has_cutout: bool = True   # without one (a plain picture) only reconstruction and text-to-image can use it
+    has_cutout: bool = True   # without one (a plain picture) only reconstruction and text-to-image can use it,
+    caption: str = ""         # with this caption
 
 
 EMOJI_FONTS = {  # file: the one pixel size that its bitmaps have (Debian, Arch, Fedora, macOS, Windows)
@@ -122,11 +125,11 @@ def draw_shape(recipe):
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
-def clean_label(text):
-    """The first line of a caption as a label: no article, no full stop, at most MAX_LABEL bytes, cut between words."""
+def clean_label(text, limit=MAX_LABEL):
+    """The first line of a caption as a label: no article, no full stop, at most `limit` bytes, cut between words."""
     label = re.sub(r"^(an?|the)\s+", "", text.strip().split("\n")[0].strip().rstrip("."), flags=re.I)
-    while len(label.encode()) > MAX_LABEL:
-        label = label.rsplit(" ", 1)[0] if " " in label else label.encode()[:MAX_LABEL].decode(errors="ignore")
+    while len(label.encode()) > limit:
+        label = label.rsplit(" ", 1)[0] if " " in label else label.encode()[:limit].decode(errors="ignore")
     return label.lower()
 
 
@@ -144,18 +147,17 @@ def folder_subjects(folder):
         try:
             record = json.loads(line)
             path = root / record["file_name"]
-            text = record.get("label") or record.get("text")
-            if not text and path.with_suffix(".txt").is_file():
-                text = path.with_suffix(".txt").read_text(errors="replace")
+            sidecar = path.with_suffix(".txt")
+            text = str(record.get("text") or (sidecar.read_text(errors="replace") if sidecar.is_file() else ""))
             with Image.open(path) as image:  # reads the header only; pixels are decoded where they are used
                 alpha = "A" in image.getbands() or "transparency" in image.info
         except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
             skipped.append(f"{line[:80]} ({error})")
             continue
         name = f"{root.name}/{record.get('subject_id', record['file_name'])}"
-        label = clean_label(text or (path.stem if path.parent == root else path.parent.name))
-        mask = str(root / record["mask"]) if record.get("mask") else ""
-        subjects.append(Subject(name, label, "file", str(path), mask, alpha or bool(mask)))
+        label = clean_label(str(record.get("label") or text)) or clean_label(path.stem if path.parent == root else path.parent.name)
+        mask = str(root / str(record["mask"])) if record.get("mask") else ""
+        subjects.append(Subject(name, label, "file", str(path), mask, alpha or bool(mask), clean_label(text, 80) or label))
     if skipped:
         print(f"{folder}: skipped {len(skipped)} of {len(records)} images: {'; '.join(skipped[:3])}", file=sys.stderr)
     if not subjects:
@@ -182,6 +184,8 @@ def read_image(path):
     """Any image file, turned as its EXIF says -> RGBA image. Raises BadInput, naming the file."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits a channel, which convert() would clip
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             return ImageOps.exif_transpose(image).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: not a readable image ({error})") from error
@@ -359,16 +363,13 @@ class Tasks:
         if not self.subjects:
             print("too few subjects to hold one in ten out: held-out figures are of training subjects", file=sys.stderr)
             self.subjects = subjects
-        self.cutouts = [s for s in self.subjects if s.has_cutout]
+        self.cutouts = [s for s in self.subjects if s.has_cutout] or [s for s in subjects if s.has_cutout]
         self.mix, self.size, self.seed, self.train = mix, size, seed, train
         self.views = {}  # name -> every picture of that subject
         for s in self.cutouts:
             self.views.setdefault(s.name, []).append(s)
-        if not self.cutouts and set(mix) & {"segmentation", "recovery", "subject-driven"}:
+        if not self.cutouts and any(mix.get(task) for task in TASKS[2:]):
             raise BadInput("none of these images has alpha or a mask: train with --mix text-to-image=.8,reconstruction=.2")
-
-    def __len__(self):
-        return sys.maxsize
 
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, index])
@@ -387,10 +388,10 @@ class Tasks:
         subject = pool[rng.integers(len(pool))]
         if not subject.has_cutout:
             picture = np.asarray(open_square(subject.path, self.size))
-            return {"label": subject.label, "caption": subject.label, "target": picture,
+            return {"label": subject.label, "caption": subject.caption, "target": picture,
                     "refs": [picture] * (task == "reconstruction")}
-        sprite = cutout(subject)
-        if self.train and task != "text-to-image":
+        sprite, views = cutout(subject), [s for s in self.views[subject.name] if s is not subject]
+        if self.train and task != "text-to-image" and not views:
             sprite = recolour(sprite, rng)
         here, elsewhere = (list(BACKGROUNDS)[i] for i in rng.choice(len(BACKGROUNDS), 2, replace=False))
         placement, size, place = named_placement(rng)
@@ -405,8 +406,7 @@ class Tasks:
             damaged = Placement(rng.uniform(0.4, 1.0), rng.uniform(), rng.uniform())
             reference, _ = compose(distort(sprite, rng), draw_background(elsewhere, self.size, rng), damaged)
         elif task == "subject-driven":
-            views = [s for s in self.views[subject.name] if s is not subject]  # other pictures of the same subject
-            if views:
+            if views:  # other pictures of the same subject
                 sprite = cutout(views[rng.integers(len(views))])
             where = Placement(0.75, rng.integers(3) / 2, 0.5) if rng.uniform() < 0.6 else free_placement(rng)
             reference, _ = compose(sprite, draw_background(elsewhere, self.size, rng), where)
@@ -419,8 +419,7 @@ def main():
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="emoji, shapes or a folder of images; several with commas between (default: emoji)")
-    parser.add_argument("--size", type=positive, default=64, help="pixels a side")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--subject", metavar="LABEL", help="write this subject on a background, instead of a sheet")
     parser.add_argument("-o", "--output", default="data.png")
     args = parser.parse_args()
@@ -437,7 +436,8 @@ def main():
             picture.save(temporary, "PNG")
         print(f"wrote {args.output}: {subject.label}, {words} ({'held out' if is_held_out(subject) else 'trained on'})")
         return
-    samples = {task: [Tasks(subjects, {task: 1.0}, args.size, args.seed)[i] for i in range(6)] for task in TASKS}
+    samples = {task: [Tasks(subjects, {task: 1.0}, 64, args.seed)[i] for i in range(6)]
+               for task in TASKS[:5 if any(s.has_cutout for s in subjects) else 2]}
     save_sheet([(f"{task}: {'reference, ' if row[0]['refs'] else ''}target",
                  [(f"{s['label']}: {s['caption']}", [*s["refs"], s["target"]]) for s in row])
                 for task, row in samples.items()], args.output)

@@ -145,7 +145,7 @@ def rotary_table(positions, head_dim, side):
 
 def rotate(x, cos, sin):
     a, b = x.chunk(2, -1)  # (B, n_head, T, head_dim / 2) each
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -161,7 +161,8 @@ class CausalSelfAttention(nn.Module):
         step (T = 1) this layer's (2, B, n_head, S, head_dim), and index (B,) says where in it each row's token stands."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_dim)
-        q, k = rotate(rms_norm(q) * self.gain.to(q.dtype), *rotary), rotate(rms_norm(k), *rotary)
+        q, k = rotate(rms_norm(q) * self.gain, *rotary), rotate(rms_norm(k), *rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast keeps norms in fp32 on some devices
         if index is None:
             if cache is not None:
                 cache.append(torch.stack((k, v)))
@@ -295,21 +296,22 @@ def generate(model, prompts, n=1, seed=0, temperature=1.0, top_k=0, cfg_image=1.
     logits, cache = model.prefill(ids, positions, lengths)
     cache, logits = cache.repeat_interleave(n, 2), logits.repeat_interleave(n, 0)
     order, lengths = order.repeat_interleave(n), lengths.repeat_interleave(n)
-    noise = [torch.Generator().manual_seed(seed + i) for _ in prompts for i in range(n)]
+    patches = torch.cartesian_prod(*[torch.arange(config.side, device=device)] * 2)  # (N, 2)
+    # A picture's noise on the CPU, from its own seed: the same picture on every device and in every batch.
+    noise = torch.stack([torch.empty(config.n_codes, config.codebook_size).exponential_(generator=torch.Generator().manual_seed(seed + i))
+                         for i in range(n)]).repeat(len(prompts), 1, 1).to(device)  # (len(prompts) * n, N, codebook_size)
     codes = []
     for i in range(config.n_codes):
         if i > 0:
-            patch = torch.tensor([i // config.side, i % config.side], device=device).expand(len(order), 2)
-            logits = decode(fed, torch.cat((order[:, None], patch), 1), lengths + i - 1, cache)  # noqa: F821 (set below)
+            fed = codes[-1].view(len(prompts), 1, n).expand(-1, len(weights), -1).flatten()  # the same code to each branch
+            logits = decode(fed, torch.cat((order[:, None], patches[i].expand(len(order), 2)), 1), lengths + i - 1, cache)
         branches = logits.view(len(prompts), len(weights), n, -1)  # rows: prompt, branch, picture
         guided = (branches * weights[None, :, None, None]).sum(1).flatten(0, 1)  # (len(prompts) * n, codebook_size)
         if top_k:
             guided = guided.masked_fill(guided < guided.topk(min(top_k, guided.shape[-1])).values[:, -1:], -torch.inf)
-        # A draw from the softmax without waiting for the device: argmax of probabilities over exponential noise.
-        e = torch.stack([torch.empty(config.codebook_size).exponential_(generator=g) for g in noise]).to(device)
-        code = (guided.softmax(-1) if temperature == 0 else (guided / temperature).softmax(-1) / e).argmax(-1)
-        codes.append(code)
-        fed = code.view(len(prompts), 1, n).expand(-1, len(weights), -1).flatten()  # each branch is fed the same code
+        if temperature > 0:  # probabilities over exponential noise: their argmax is a draw from the softmax
+            guided = (guided / temperature).softmax(-1) / noise[:, i]
+        codes.append(guided.argmax(-1))
     return torch.stack(codes, 1)
 
 

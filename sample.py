@@ -8,6 +8,7 @@
 """
 import argparse
 import contextlib
+import math
 import os
 import textwrap
 import time
@@ -30,13 +31,15 @@ def load_models(path, device):
         checkpoint = load_checkpoint(path)
         if checkpoint["stage"] == 0:
             raise ValueError(f"{path} holds the tokenizer alone: give a stage1.pt or stage2.pt")
+        config = Config(**checkpoint["config"])
+        model = Mentor(config)
+        tokenizer = Tokenizer(config.downsample, config.codebook_size, config.code_dim, config.channels)
+        model.load_state_dict(checkpoint["model"])
+        tokenizer.load_state_dict(checkpoint["tokenizer"])
+    except RuntimeError:
+        raise BadInput(f"--ckpt {path}: its weights do not fit its own configuration") from None
     except ValueError as error:
         raise BadInput(f"--ckpt {error}") from error
-    config = Config(**checkpoint["config"])
-    model = Mentor(config)
-    tokenizer = Tokenizer(config.downsample, config.codebook_size, config.code_dim, config.channels)
-    model.load_state_dict(checkpoint["model"])
-    tokenizer.load_state_dict(checkpoint["tokenizer"])
     return model.to(device).eval(), tokenizer.to(device).eval()
 
 
@@ -104,11 +107,11 @@ def main():
     parser.add_argument("--ref", metavar="IMAGE", help="any image file; its centred square is used")
     parser.add_argument("--label", default="", help="what to look for in the reference")
     parser.add_argument("--prompt", default="", help="the picture to draw, in words")
-    parser.add_argument("-n", type=data.positive, default=1, help="how many pictures")
+    parser.add_argument("-n", type=data.whole(1), default=1, help="how many pictures")
     parser.add_argument("-o", "--output", default="sample.png", help="a .png (several pictures as a grid), or a folder (one PNG each)")
-    parser.add_argument("--seed", type=int, default=0, help="picture i is drawn with seed + i")
+    parser.add_argument("--seed", type=data.whole(0), default=0, help="picture i is drawn with seed + i")
     parser.add_argument("--temperature", type=float, default=0.9, help="0 takes the likeliest code each time")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest codes (0: from all)")
+    parser.add_argument("--top-k", type=data.whole(0), default=0, help="draw from the k likeliest codes (0: from all)")
     parser.add_argument("--cfg", type=float, help="guidance, image and text alike (default: what suits the task)")
     parser.add_argument("--cfg-image", type=float, help="how closely to follow the reference (1: no guidance)")
     parser.add_argument("--cfg-text", type=float, help="how closely to follow the text (1: no guidance)")
@@ -117,8 +120,10 @@ def main():
                         default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     task = which_task(args.ref, args.label, args.prompt)
-    if args.temperature < 0 or args.top_k < 0:
-        raise BadInput("--temperature and --top-k must not be negative")
+    for name in ("temperature", "cfg", "cfg_image", "cfg_text"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be a number from 0 up")
     path = args.ckpt or next((p for p in (os.path.join("out", "stage2.pt"), SHIPPED) if os.path.exists(p)), None)
     if path is None:
         raise BadInput("no trained model: neither out/stage2.pt nor weights/cpu.pt is there (python train.py --stage 1, then 2)")

@@ -65,7 +65,8 @@ class Tokenizer(nn.Module):
 
     def nearest(self, z):
         """The nearest code of each unit vector: on the sphere, the one with the largest cosine. (..., code_dim) -> (...)"""
-        return (z @ F.normalize(self.codebook, dim=-1).T).argmax(-1)
+        with torch.autocast(z.device.type, enabled=False):  # in bf16 close codes would tie, and the wrong one could win
+            return (z @ F.normalize(self.codebook, dim=-1).T).argmax(-1)
 
     def vectors(self, codes):
         """The unit vectors of codes."""
@@ -101,18 +102,19 @@ class Tokenizer(nn.Module):
     def restart_dead_codes(self, codes, z, patience=100):
         """After a step: codes that nobody chose for `patience` steps move onto random vectors of this batch.
 
-        -> the share of the codebook in use. Without it most codes die in the first minutes and never come back.
+        Without it most codes die in the first minutes and never come back.
         """
-        self.idle += 1
-        self.idle[codes.flatten()] = 0
+        used = torch.zeros_like(self.idle)
+        used[codes.flatten()] = 1
+        if dist.is_initialized():  # by any of the processes
+            dist.all_reduce(used, dist.ReduceOp.MAX)
+        self.idle.add_(1).mul_(1 - used)
         dead = self.idle >= patience
         chosen = torch.randint(z.shape[0] * z.shape[1], (len(dead),), device=z.device)
         self.codebook.copy_(torch.where(dead[:, None], z.flatten(0, 1)[chosen], self.codebook))
         self.idle.masked_fill_(dead, 0)
         if dist.is_initialized():  # every process must keep the same codebook: the first one's
             dist.broadcast(self.codebook.data, 0)
-            dist.broadcast(self.idle, 0)
-        return 1 - dead.float().mean()
 
 
 def psnr(a, b):
@@ -125,6 +127,18 @@ def codebook_usage(codes, codebook_size):
     """How many codes occur at all, and their perplexity: as many codes, equally likely, would carry as much."""
     share = codes.flatten().bincount(minlength=codebook_size) / codes.numel()
     return int((share > 0).sum()), torch.special.entr(share).sum().exp().item()
+
+
+@torch.no_grad()
+def quality(tokenizer, images):
+    """How well pictures survive: (B, 3, H, W) -> the same after encode and decode, and dict(psnr, used, perplexity).
+
+    psnr in dB; used: the number of codes that occur at all in these pictures.
+    """
+    codes = tokenizer.encode(images)
+    drawn = tokenizer.decode(codes)
+    used, perplexity = codebook_usage(codes, len(tokenizer.codebook))
+    return drawn, {"psnr": round(psnr(drawn, images), 2), "used": used, "perplexity": round(perplexity, 1)}
 
 
 def to_images(arrays, device):

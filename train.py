@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 train.py --stage 1   eight GPUs; the same gradients as one with the same --batch-size
     python train.py --export weights/cpu.pt          the finished model, in half precision
 
-The same command again resumes where it stopped. In --out: stageN.pt (checkpoint), stageN.png (what it draws of held-out
-subjects), log.jsonl (a line per logged step).
+The same command again resumes where it stopped. In --out: tokenizer.pt, stage1.pt, stage2.pt (checkpoints), stage0.png,
+stage1.png, stage2.png (what it draws of held-out subjects), log.jsonl (a line per logged step).
 """
 import argparse
 import dataclasses
@@ -30,11 +30,13 @@ from data import BadInput
 from mentor import (CONFIGS, GUIDANCE, Mentor, build_sequence, fill_prompt, generate, hide_condition, load_checkpoint,
                     pad_sequences)
 from sample import save_sheet, whole_file
-from tokenizer import Tokenizer, codebook_usage, psnr, to_arrays, to_images
+from tokenizer import Tokenizer, quality, to_arrays, to_images
 
-SCHEDULES = {  # per stage 0, 1, 2: optimizer steps, samples a step (images, in stage 0), peak learning rate
+# Per stage 0, 1, 2: optimizer steps, samples a step (images, in stage 0), peak learning rate. micro_batch: how many
+# sequences go through the transformer at once; it changes memory and speed, never the result.
+SCHEDULES = {
     "test": dict(steps=(150, 80, 80), batch_size=(32, 16, 16), lr=(2e-3, 1.2e-2, 6e-3), micro_batch=16),
-    "cpu": dict(steps=(4200, 1500, 2600), batch_size=(64, 32, 32), lr=(2e-3, 4e-3, 3e-3), micro_batch=16),
+    "cpu": dict(steps=(4200, 1500, 2400), batch_size=(64, 32, 32), lr=(2e-3, 4e-3, 3e-3), micro_batch=16),
     "gpu": dict(steps=(50_000, 60_000, 60_000), batch_size=(256, 256, 256), lr=(1e-3, 1e-3, 5e-4), micro_batch=64),
     "paper": dict(steps=(200_000, 20_000, 20_000), batch_size=(128, 128, 128), lr=(2e-4, 5e-4, 1e-4), micro_batch=4),
 }
@@ -131,6 +133,24 @@ def make_optimizers(model, bf16, fused):
     return optimizers
 
 
+def accumulate(net, parts, device):
+    """Adds the gradient of the mean loss over all parts -> that loss, and what the last part's pass returned beside it.
+
+    The division comes before backward, so k parts give the gradient of one batch. Among several processes only the last
+    part's backward exchanges gradients.
+    """
+    total = 0.0
+    for i, part in enumerate(parts):
+        with net.no_sync() if isinstance(net, DistributedDataParallel) and i < len(parts) - 1 else nullcontext():
+            with autocast(device):
+                result = net(*part)
+            loss, *beside = result if isinstance(result, tuple) else (result,)
+            loss = loss.mean() / len(parts)
+            loss.backward()
+        total += loss.detach()
+    return total, beside
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Looking at what was learnt, on held-out subjects
 
@@ -138,8 +158,9 @@ def make_optimizers(model, bf16, fused):
 @torch.no_grad()
 def held_out_losses(model, tokenizer, datasets, n, device):
     """Cross-entropy per task in nats a code, and two gains: how much worse the model does with the next sample's
-    reference, or text, in place of its own. A gain of 0 means that it does not look."""
-    losses = {}
+    reference, or text, in place of its own. A gain of 0 means that it does not look. They are taken on the subject-driven
+    task, in stage 1 on segmentation."""
+    losses, prefix_task = {}, "subject-driven" if "subject-driven" in datasets else "segmentation"
 
     def mean_loss(encoded):
         total = 0.0
@@ -151,7 +172,7 @@ def held_out_losses(model, tokenizer, datasets, n, device):
     for task, dataset in datasets.items():
         encoded = encode_samples(tokenizer, [dataset[i] for i in range(n)], device)
         losses[task] = mean_loss(encoded)
-        if task == "subject-driven":
+        if task == prefix_task:
             pieces, references, targets = (list(column) for column in zip(*encoded))
             swapped = mean_loss(list(zip(pieces, references[1:] + references[:1], targets)))
             losses["reference gain"] = swapped - losses[task]
@@ -178,20 +199,29 @@ def held_out_sheet(model, tokenizer, datasets, path, device, n=6):
 
 @torch.no_grad()
 def tokenizer_quality(tokenizer, dataset, path, device, n=256):
-    """Held-out PSNR in dB, the codes in use and their perplexity; draws a sheet of pictures before and after."""
+    """What `quality` says of n held-out pictures; draws a sheet of some, before and after."""
     samples = [dataset[i] for i in range(n)]
-    images = to_images([s["target"] for s in samples], device)
     with autocast(device):
-        codes = tokenizer.encode(images)
-        drawn = tokenizer.decode(codes)
+        drawn, result = quality(tokenizer, to_images([s["target"] for s in samples], device))
     cells = [("", [s["target"], d]) for s, d in zip(samples, to_arrays(drawn[:24]))]
     save_sheet([("picture, through the tokenizer", cells[i:i + 6]) for i in range(0, 24, 6)], path)
-    used, perplexity = codebook_usage(codes, len(tokenizer.codebook))
-    return {"psnr": round(psnr(drawn, images), 2), "used": used, "perplexity": round(perplexity, 1)}
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop, the same for all three stages
+
+
+def batch_plan(stage, args, world):
+    """-> samples a step over all processes, samples a micro-batch of one. Raises BadInput if they do not come out even."""
+    schedule = SCHEDULES[args.preset]
+    batch_size = args.batch_size or schedule["batch_size"][stage]
+    mine = batch_size // world  # stage 0 takes both pictures of a sample, and all of them at once
+    micro_batch = max(2, mine) if stage == 0 else max(1, min(mine, schedule["micro_batch"]))
+    if mine * world != batch_size or mine % micro_batch or (stage == 0 and mine % 2):
+        raise BadInput(f"--batch-size {batch_size}: give a multiple of {world * (2 if stage == 0 else micro_batch)} "
+                       f"({world} processes, micro-batches of {micro_batch})")
+    return batch_size, micro_batch
 
 
 def save(path, **state):
@@ -203,14 +233,14 @@ def train(stage, args, device, rank, world):
     """Trains one stage to its end, or goes on with it; returns at once where it is finished."""
     config, schedule = CONFIGS[args.preset], SCHEDULES[args.preset]
     steps = args.steps or schedule["steps"][stage]
-    batch_size = args.batch_size or schedule["batch_size"][stage]
-    micro_batch = min(schedule["micro_batch"], batch_size // world) if stage else batch_size // world
-    if batch_size % (world * micro_batch):
-        raise BadInput(f"--batch-size {batch_size}: must be a multiple of {world * micro_batch} "
-                       f"({world} processes x micro-batches of {micro_batch})")
+    batch_size, micro_batch = batch_plan(stage, args, world)
+    subjects = data.load_subjects(args.data)
     path = os.path.join(args.out, f"stage{stage}.pt" if stage else "tokenizer.pt")
-    settings = dict(preset=args.preset, data=args.data or "", steps=steps, batch_size=batch_size, seed=args.seed)
-    mix = parse_mix(args.mix) if args.mix else MIXES[stage]
+    mix = args.mix or MIXES[stage]
+    if stage == 0 and not all(s.has_cutout for s in subjects):
+        mix = {"reconstruction": 1.0}  # the one task that shows plain pictures as well as cut-outs
+    settings = dict(preset=args.preset, data=args.data or "emoji", mix=mix, steps=steps, batch_size=batch_size, seed=args.seed,
+                    bf16=has_bf16(device))  # which decides the optimizer, too
 
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(config.downsample, config.codebook_size, config.code_dim, config.channels).to(device)
@@ -221,8 +251,7 @@ def train(stage, args, device, rank, world):
         checkpoint = checked(path, config, stage)
         for name, value in checkpoint["settings"].items():
             if settings[name] != value:
-                raise BadInput(f"{path} was trained with --{name.replace('_', '-')} {value}, not {settings[name]}: "
-                               "give the same, or another --out")
+                raise BadInput(f"{path} was trained with {name} {value}, not {settings[name]}: give the same, or another --out")
         first, seconds = checkpoint["step"], checkpoint["seconds"]
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
@@ -232,24 +261,27 @@ def train(stage, args, device, rank, world):
         if not os.path.exists(before):
             raise BadInput(f"{before} is missing: stage 2 starts from it (python train.py --stage 1 --out {args.out})")
         checkpoint = checked(before, config, stage - 1)
+        if checkpoint["step"] < checkpoint["settings"]["steps"]:
+            print(f"{before} is not finished (step {checkpoint['step']}): starting from it all the same", file=sys.stderr)
         if stage == 2:
             model.load_state_dict(checkpoint["model"])
         else:
             model.codebook.copy_(torch.nn.functional.normalize(checkpoint["tokenizer"]["codebook"], dim=-1))
     if first >= steps:
+        print(f"stage {stage} is finished: {path}", file=sys.stderr)
         return
     if stage:
         tokenizer.load_state_dict(checkpoint["tokenizer"])
     tokenizer.requires_grad_(stage == 0)
 
-    subjects = data.load_subjects(args.data)
     dataset = data.Tasks(subjects, mix, config.image_size, args.seed + stage)
     held_out = {task: data.Tasks(subjects, {task: 1.0}, config.image_size, 1_000_000 + args.seed, train=False)
-                for task in (["subject-driven"] if stage == 0 else mix)}
+                for task in ([list(mix)[-1]] if stage == 0 else mix)}
     per_step = batch_size // (2 if stage == 0 else 1)  # stage 0 takes both pictures of a sample
     batches = [range(step * per_step + rank, (step + 1) * per_step, world) for step in range(first, steps)]
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers)
-    # Compiled for every length that occurs (multiples of 32). The tokenizer is convolutions: compiling it gains nothing.
+    # Compiled once for every length that occurs (multiples of 32). The tokenizer is convolutions: compiling it gains nothing.
+    torch._dynamo.config.recompile_limit = 64
     net = torch.compile(model, dynamic=False) if args.compile and stage else model
     if world > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
@@ -267,33 +299,28 @@ def train(stage, args, device, rank, world):
                 group["lr"] = lr
         torch.manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run draws the same
         if stage == 0:
-            parts = [to_images([image for s in samples for image in (s["target"], *s["refs"])], device)]
+            parts = [[to_images([image for s in samples for image in (s["target"], *s["refs"])], device)]]
         else:
             parts = list(micro_batches(config, tokenizer, samples, micro_batch, device))
-        total = 0.0
-        for i, part in enumerate(parts):
-            wait = net.no_sync() if world > 1 and i < len(parts) - 1 else nullcontext()
-            with wait, autocast(device):
-                if stage == 0:
-                    loss, codes, z = net(part)
-                else:
-                    loss = net(*part).mean()
-                (loss / len(parts)).backward()
-            total += loss.detach() / len(parts)
+        loss, outputs = accumulate(net, parts, device)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if stage == 0:
-            tokenizer.restart_dead_codes(codes, z)
+            tokenizer.restart_dead_codes(*outputs)
 
         done, now = step + 1, seconds + time.time() - started
         if rank == 0 and (done % 10 == 0 or done == steps):
-            record = {"stage": stage, "step": done, "loss": round(total.item(), 4), "lr": round(lr, 7),
+            record = {"stage": stage, "step": done, "loss": round(loss.item(), 4), "lr": round(lr, 7),
                       "samples_per_second": round(batch_size * (done - first) / (now - seconds), 1), "seconds": round(now, 1)}
             print(json.dumps(record), file=log, flush=True)
             bar.set_postfix(loss=record["loss"], lr=f"{lr:.1e}", samples_s=record["samples_per_second"])
         bar.update()
+        if world > 1:  # a signal reaches the processes at different steps: they stop together
+            any_stop = torch.tensor(len(stop), device=device)
+            dist.all_reduce(any_stop)
+            stop = stop or [True] * int(any_stop)
         evaluate = done % evaluate_every == 0 or done == steps
         if stop or evaluate or done % save_every == 0:
             if rank == 0:  # first the checkpoint, then everything that may fail
@@ -306,13 +333,16 @@ def train(stage, args, device, rank, world):
         if evaluate and rank == 0:
             sheet = os.path.join(args.out, f"stage{stage}.png")
             if stage == 0:
-                result = tokenizer_quality(tokenizer, held_out["subject-driven"], sheet, device)
+                result = tokenizer_quality(tokenizer, *held_out.values(), sheet, device)
             else:
                 result = held_out_losses(model, tokenizer, held_out, 16 if args.preset == "test" else 64, device)
                 held_out_sheet(model, tokenizer, held_out, sheet, device)
-            print(json.dumps({"stage": stage, "step": done, "held_out": result, "seconds": round(now, 1)}), file=log, flush=True)
+            record = {"stage": stage, "step": done, "held_out": result, "seconds": round(now, 1)}
+            print(json.dumps(record), file=log, flush=True)
             bar.write(f"stage {stage}, step {done}, held out: " + ", ".join(f"{k} {v}" for k, v in result.items()))
     bar.close()
+    if world > 1:
+        dist.barrier()  # the next stage reads what the first process has just saved
 
 
 def checked(path, config, stage):
@@ -323,6 +353,8 @@ def checked(path, config, stage):
         raise BadInput(str(error)) from error
     if checkpoint["config"] != dataclasses.asdict(config) or checkpoint["stage"] != stage:
         raise BadInput(f"{path} is of another preset or stage: give the --preset it was trained with, or another --out")
+    if "optimizers" not in checkpoint:
+        raise BadInput(f"{path} is an exported model, without what training needs: give another --out")
     return checkpoint
 
 
@@ -345,11 +377,11 @@ def main():
     parser.add_argument("--stage", type=int, choices=(0, 1, 2), help="0 tokenizer, 1 alignment, 2 instruction")
     parser.add_argument("--preset", choices=CONFIGS, default="gpu" if has_cuda else "cpu", help="model, image size and schedule")
     parser.add_argument("--data", help="emoji, shapes or a folder of images; several with commas between (default: emoji)")
-    parser.add_argument("--mix", help='share of each task, as in "segmentation=.65,text-to-image=.35" (default: the stage\'s)')
-    parser.add_argument("--steps", type=data.positive, help="optimizer steps of this stage (default: the preset's)")
-    parser.add_argument("--batch-size", type=data.positive, help="samples a step, over all processes (default: the preset's)")
-    parser.add_argument("--workers", type=int, default=1 if not has_cuda else 8, help="processes that compose samples")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mix", type=parse_mix, help='share of each task, as in "segmentation=.65,text-to-image=.35" (default: the stage\'s)')
+    parser.add_argument("--steps", type=data.whole(1), help="optimizer steps of this stage (default: the preset's)")
+    parser.add_argument("--batch-size", type=data.whole(1), help="samples a step, over all processes (default: the preset's)")
+    parser.add_argument("--workers", type=data.whole(0), default=1 if not has_cuda else 8, help="processes that compose samples (0: none beside the main one)")
+    parser.add_argument("--seed", type=data.whole(0), default=0)
     parser.add_argument("--out", default="out", help="folder for checkpoints, sheets and the log (default: out)")
     parser.add_argument("--device", choices=("cpu", "cuda")[:1 + has_cuda], default="cuda" if has_cuda else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: not for --preset test)")
@@ -370,8 +402,13 @@ def main():
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     os.makedirs(args.out, exist_ok=True)
+    batch_plan(args.stage, args, world)  # said now, not after the tokenizer's half hour
     if args.stage == 1:
-        train(0, argparse.Namespace(**vars(args) | {"steps": None, "batch_size": None, "mix": None}), device, rank, world)
+        path = os.path.join(args.out, "tokenizer.pt")
+        begun = checked(path, CONFIGS[args.preset], 0) if os.path.exists(path) else None
+        if begun is None or begun["step"] < begun["settings"]["steps"]:
+            settings = begun["settings"] if begun else {"steps": None, "batch_size": None, "mix": None}
+            train(0, argparse.Namespace(**vars(args) | {k: settings[k] for k in ("steps", "batch_size", "mix")}), device, rank, world)
     train(args.stage, args, device, rank, world)
     if world > 1:
         dist.destroy_process_group()

@@ -9,7 +9,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-TOY = ("--preset", "test", "--data", "shapes")
+TOY = ("--preset", "test", "--data", "shapes", "--device", "cpu")
 
 
 def script(name, *args, **how):

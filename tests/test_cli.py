@@ -86,8 +86,10 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         ((*good, "--ckpt", broken), "broken.pt: not a checkpoint"),
         ((*good, "--ckpt", tmp_path / "none.pt"), "none.pt: no such file"),
         ((*good, "--ckpt", trained / "tokenizer.pt"), "the tokenizer alone"),
-        ((*good, "-n", "0"), "not a whole number above 0"),
-        ((*good, "--temperature", "-1"), "must not be negative"),
+        ((*good, "-n", "0"), "not a whole number from 1 up"),
+        ((*good, "--temperature", "-1"), "must be a number from 0 up"),
+        ((*good, "--cfg", "nan"), "must be a number from 0 up"),
+        ((*good, "--seed", "-1"), "not a whole number from 0 up"),
         ((*good, "--nonsense"), "unrecognized arguments"),
         ((*good, "-o", ref / "under" / "a" / "file.png"), "cannot be written"),
     ]:
@@ -113,13 +115,15 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
         ((*toy, *out, "--mix", "segmentation=0"), "not all 0"),
         ((*toy, *out, "--mix", "segmentation=nan"), "from 0 up"),
         ((*toy, *out, "--mix", ""), "no task ''"),
-        ((*toy, *out, "--steps", "0"), "not a whole number above 0"),
+        ((*toy, *out, "--steps", "0"), "not a whole number from 1 up"),
         ((*toy, *out, "--data", tmp_path / "none"), "no such folder"),
         ((*toy, *out, "--data", tmp_path / "empty"), "not one usable image"),
         ((*toy, *out, "--data", tmp_path / "unusable"), "not one usable image"),
-        ((*toy, "--out", trained, "--seed", "1"), "was trained with --seed 0"),
+        ((*toy, "--out", trained, "--seed", "1"), "was trained with seed 0"),
         (("--stage", 1, "--preset", "cpu", "--data", "shapes", "--out", trained), "of another preset"),
         ((*toy, "--out", tmp_path), "tokenizer.pt: not a checkpoint"),
+        ((*toy, *out, "--batch-size", "17"), "give a multiple of 16"),
+        (("--stage", 0, *TOY, *out, "--batch-size", "1"), "give a multiple of 2"),
         (("--export", tmp_path / "x.pt", *out), "stage2.pt: no such file"),
     ]:
         code, err, _ = call(monkeypatch, capsys, train.main, *args)
@@ -142,28 +146,24 @@ def test_data_writes_sheets_and_references(tmp_path, monkeypatch, capsys):
 def readme_commands():
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.match(r"python (train|sample|data)\.py", line)]
+    return [line for line in lines if re.match(r"python (train|sample|data|mentor)\.py", line)]
 
 
 def test_readme_commands_run_as_written(trained, tmp_path):
-    """Every command of the README, in order, in one folder; training for two toy steps in place of the default's hours."""
+    """Every command of the README, in order, in one folder; in place of the default's hours of training two toy steps."""
     commands = readme_commands()
     assert len(commands) >= 8
     (tmp_path / "my_folder").mkdir()
     for i in range(12):
         data.draw_shape("star red blue").save(tmp_path / "my_folder" / f"{i}.png")
-    (tmp_path / "weights").mkdir()
+    for folder in ("out", "own"):  # the tokenizer is there already
+        (tmp_path / folder).mkdir()
+        shutil.copy(trained / "tokenizer.pt", tmp_path / folder)
     for line in commands:
         name, *args = shlex.split(line)[1:]
         if name == "train.py" and "--export" not in args:
-            args += ["--preset", "test", "--steps", "2", "--out", "out"]
-            if "--data" not in args:
-                args += ["--data", "shapes"]
-            if "my_folder" in args or args[1] == "0":
-                args += ["--out", "own"]
-            if args[1] == "2" and not (tmp_path / "out" / "stage1.pt").exists():
-                shutil.copytree(trained, tmp_path / "out", dirs_exist_ok=True)
-        elif name == "data.py" and "--data" not in args and data.emoji_font() is None:
-            continue
+            args += ["--preset", "test", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
+        if data.emoji_font() is None and "--subject" in args:
+            args += ["--data", "shapes", "--subject", "star"]
         done = script(name, *args, cwd=tmp_path)
         assert done.returncode == 0, (line, done.stderr[-500:])

@@ -31,10 +31,15 @@ def toy_samples(n):
     return [dataset[i] for i in range(n)]
 
 
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch):
+    """Gradients are compared to 1e-5: no bf16, whatever the hardware."""
+    monkeypatch.setattr(train, "has_bf16", lambda device: False)
+
+
 def gradients(model, parts):
     model.zero_grad()
-    for part in parts:
-        (model(*part).mean() / len(parts)).backward()
+    train.accumulate(model, parts, CPU)
     return [p.grad.clone() for p in model.parameters()]
 
 
@@ -136,6 +141,7 @@ def test_interrupt_saves_and_leaves_with_one_line(trained, tmp_path):
                                stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "stage2.pt").exists():
         time.sleep(0.05)
+        assert process.poll() is None, "it ended before it could be interrupted"
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "is saved in" in error.splitlines()[-1] and "Traceback" not in error
@@ -146,6 +152,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(trained, tmp_path):
 
     for name in ("stage1.pt", "tokenizer.pt"):
         shutil.copy(trained / name, tmp_path)
+
     def limit():  # a file may not grow beyond 100 kB: what a full disk looks like
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     done = script("train.py", "--stage", 2, *TOY, "--out", tmp_path, preexec_fn=limit)
@@ -165,9 +172,8 @@ def one_of_two(rank, folder):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     net, parts = DistributedDataParallel(model), list(train.micro_batches(CONFIG, toy_tokenizer(), toy_samples(16)[rank::2], 4, CPU))
-    for i, part in enumerate(parts):
-        with net.no_sync() if i < len(parts) - 1 else train.nullcontext():
-            (net(*part).mean() / len(parts)).backward()
+    train.has_bf16 = lambda device: False
+    train.accumulate(net, parts, CPU)
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], f"{folder}/gradients.pt")
     dist.destroy_process_group()
@@ -191,7 +197,7 @@ def test_torchrun_trains_as_one_process_does(trained, tmp_path):
         out = tmp_path / str(processes)
         out.mkdir()
         shutil.copy(trained / "stage1.pt", out)
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29631",
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
                                str(ROOT / "train.py"), "--stage", "2", *TOY, "--steps", "3", "--out", str(out)],
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
