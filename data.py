@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 def whole(least):
     def number(text):  # an argparse type
         if not text.isdecimal() or int(text) < least:
-            raise BadInput(f"{text!r} is not a whole number from {least} up (--help lists everything)")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
         return int(text)
     return number
 

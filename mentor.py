@@ -334,7 +334,7 @@ def load_checkpoint(path):
 
 
 if __name__ == "__main__":  # what each preset costs, computed
-    print("preset  pixels  codes an image  block_size  parameters  to train (weights, gradients, two moments, fp32)")
+    print("preset  pixels  codes an image  block_size  parameters  to train with AdamW (fp32, 16 bytes a parameter)")
     for name, config in CONFIGS.items():
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Mentor(config).parameters())

@@ -76,7 +76,7 @@ def whole_file(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise BadInput(f"{path}: cannot be written ({error}); what was there before is untouched") from error
+        raise BadInput(f"{path}: cannot be written (is the disk full? {error}); what was there before is untouched") from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

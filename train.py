@@ -36,7 +36,7 @@ from tokenizer import Tokenizer, quality, to_arrays, to_images
 # sequences go through the transformer at once; it changes memory and speed, never the result.
 SCHEDULES = {
     "test": dict(steps=(150, 80, 80), batch_size=(32, 16, 16), lr=(2e-3, 1.2e-2, 6e-3), micro_batch=16),
-    "cpu": dict(steps=(4200, 1500, 2400), batch_size=(64, 32, 32), lr=(2e-3, 4e-3, 3e-3), micro_batch=16),
+    "cpu": dict(steps=(4200, 1500, 2000), batch_size=(64, 32, 32), lr=(2e-3, 4e-3, 3e-3), micro_batch=16),
     "gpu": dict(steps=(50_000, 60_000, 60_000), batch_size=(256, 256, 256), lr=(1e-3, 1e-3, 5e-4), micro_batch=64),
     "paper": dict(steps=(200_000, 20_000, 20_000), batch_size=(128, 128, 128), lr=(2e-4, 5e-4, 1e-4), micro_batch=4),
 }
@@ -289,58 +289,57 @@ def train(stage, args, device, rank, world):
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(True))
     evaluate_every, save_every = max(1, steps // 10), max(1, steps // 40)
-    started, log = time.time(), open(os.path.join(args.out, "log.jsonl"), "a")
-    bar = tqdm(total=steps, initial=first, desc=f"stage {stage}", disable=rank > 0, mininterval=1)
-
-    for step, samples in enumerate(loader, first):
-        lr = learning_rate(step, steps, schedule["lr"][stage])
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        torch.manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run draws the same
-        if stage == 0:
-            parts = [[to_images([image for s in samples for image in (s["target"], *s["refs"])], device)]]
-        else:
-            parts = list(micro_batches(config, tokenizer, samples, micro_batch, device))
-        loss, outputs = accumulate(net, parts, device)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if stage == 0:
-            tokenizer.restart_dead_codes(*outputs)
-
-        done, now = step + 1, seconds + time.time() - started
-        if rank == 0 and (done % 10 == 0 or done == steps):
-            record = {"stage": stage, "step": done, "loss": round(loss.item(), 4), "lr": round(lr, 7),
-                      "samples_per_second": round(batch_size * (done - first) / (now - seconds), 1), "seconds": round(now, 1)}
-            print(json.dumps(record), file=log, flush=True)
-            bar.set_postfix(loss=record["loss"], lr=f"{lr:.1e}", samples_s=record["samples_per_second"])
-        bar.update()
-        if world > 1:  # a signal reaches the processes at different steps: they stop together
-            any_stop = torch.tensor(len(stop), device=device)
-            dist.all_reduce(any_stop)
-            stop = stop or [True] * int(any_stop)
-        evaluate = done % evaluate_every == 0 or done == steps
-        if stop or evaluate or done % save_every == 0:
-            if rank == 0:  # first the checkpoint, then everything that may fail
-                save(path, stage=stage, step=done, seconds=now, settings=settings, config=dataclasses.asdict(config),
-                     model=model.state_dict(), tokenizer=tokenizer.state_dict(), optimizers=[o.state_dict() for o in optimizers])
-            if stop:
-                bar.close()
-                print(f"stopped: step {done} of {steps} is saved in {path}; the same command goes on", file=sys.stderr)
-                sys.exit(130)
-        if evaluate and rank == 0:
-            sheet = os.path.join(args.out, f"stage{stage}.png")
+    started, bar = time.time(), tqdm(loader, total=steps, initial=first, desc=f"stage {stage}", disable=rank > 0, mininterval=1)
+    with bar, open(os.path.join(args.out, "log.jsonl"), "a") as log:
+        for step, samples in enumerate(bar, first):
+            lr = learning_rate(step, steps, schedule["lr"][stage])
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+            torch.manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run draws the same
             if stage == 0:
-                result = tokenizer_quality(tokenizer, *held_out.values(), sheet, device)
+                parts = [[to_images([image for s in samples for image in (s["target"], *s["refs"])], device)]]
             else:
-                result = held_out_losses(model, tokenizer, held_out, 16 if args.preset == "test" else 64, device)
-                held_out_sheet(model, tokenizer, held_out, sheet, device)
-            record = {"stage": stage, "step": done, "held_out": result, "seconds": round(now, 1)}
-            print(json.dumps(record), file=log, flush=True)
-            bar.write(f"stage {stage}, step {done}, held out: " + ", ".join(f"{k} {v}" for k, v in result.items()))
-    bar.close()
+                parts = list(micro_batches(config, tokenizer, samples, micro_batch, device))
+            loss, outputs = accumulate(net, parts, device)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if stage == 0:
+                tokenizer.restart_dead_codes(*outputs)
+
+            done, now = step + 1, seconds + time.time() - started
+            if rank == 0 and (done % 10 == 0 or done == steps):
+                record = {"stage": stage, "step": done, "loss": round(loss.item(), 4), "lr": round(lr, 7),
+                          "samples_per_second": round(batch_size * (done - first) / (now - seconds), 1), "seconds": round(now, 1)}
+                print(json.dumps(record), file=log, flush=True)
+                bar.set_postfix(loss=record["loss"], lr=f"{lr:.1e}", samples_s=record["samples_per_second"])
+            if world > 1:  # a signal reaches the processes at different steps: they stop together
+                any_stop = torch.tensor(len(stop), device=device)
+                dist.all_reduce(any_stop)
+                stop = stop or [True] * int(any_stop)
+            evaluate = done % evaluate_every == 0 or done == steps
+            if stop or evaluate or done % save_every == 0:
+                if rank == 0:  # first the checkpoint, then everything that may fail
+                    save(path, stage=stage, step=done, seconds=now, settings=settings, config=dataclasses.asdict(config),
+                         model=model.state_dict(), tokenizer=tokenizer.state_dict(),
+                         optimizers=[o.state_dict() for o in optimizers])
+                if stop:
+                    break
+            if evaluate and rank == 0:
+                sheet = os.path.join(args.out, f"stage{stage}.png")
+                if stage == 0:
+                    result = tokenizer_quality(tokenizer, *held_out.values(), sheet, device)
+                else:
+                    result = held_out_losses(model, tokenizer, held_out, 16 if args.preset == "test" else 64, device)
+                    held_out_sheet(model, tokenizer, held_out, sheet, device)
+                record = {"stage": stage, "step": done, "held_out": result, "seconds": round(now, 1)}
+                print(json.dumps(record), file=log, flush=True)
+                bar.write(f"stage {stage}, step {done}, held out: " + ", ".join(f"{k} {v}" for k, v in result.items()))
+    if stop:
+        print(f"stopped: step {done} of {steps} is saved in {path}; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     if world > 1:
         dist.barrier()  # the next stage reads what the first process has just saved
 
@@ -377,10 +376,10 @@ def main():
     parser.add_argument("--stage", type=int, choices=(0, 1, 2), help="0 tokenizer, 1 alignment, 2 instruction")
     parser.add_argument("--preset", choices=CONFIGS, default="gpu" if has_cuda else "cpu", help="model, image size and schedule")
     parser.add_argument("--data", help="emoji, shapes or a folder of images; several with commas between (default: emoji)")
-    parser.add_argument("--mix", type=parse_mix, help='share of each task, as in "segmentation=.65,text-to-image=.35" (default: the stage\'s)')
+    parser.add_argument("--mix", type=parse_mix, help='share of each task, as "segmentation=.65,text-to-image=.35"')
     parser.add_argument("--steps", type=data.whole(1), help="optimizer steps of this stage (default: the preset's)")
     parser.add_argument("--batch-size", type=data.whole(1), help="samples a step, over all processes (default: the preset's)")
-    parser.add_argument("--workers", type=data.whole(0), default=1 if not has_cuda else 8, help="processes that compose samples (0: none beside the main one)")
+    parser.add_argument("--workers", type=data.whole(0), default=8 if has_cuda else 1, help="processes that compose samples")
     parser.add_argument("--seed", type=data.whole(0), default=0)
     parser.add_argument("--out", default="out", help="folder for checkpoints, sheets and the log (default: out)")
     parser.add_argument("--device", choices=("cpu", "cuda")[:1 + has_cuda], default="cuda" if has_cuda else "cpu")
@@ -407,8 +406,8 @@ def main():
         path = os.path.join(args.out, "tokenizer.pt")
         begun = checked(path, CONFIGS[args.preset], 0) if os.path.exists(path) else None
         if begun is None or begun["step"] < begun["settings"]["steps"]:
-            settings = begun["settings"] if begun else {"steps": None, "batch_size": None, "mix": None}
-            train(0, argparse.Namespace(**vars(args) | {k: settings[k] for k in ("steps", "batch_size", "mix")}), device, rank, world)
+            own = {name: begun["settings"][name] if begun else None for name in ("steps", "batch_size", "mix")}
+            train(0, argparse.Namespace(**vars(args) | own), device, rank, world)
     train(args.stage, args, device, rank, world)
     if world > 1:
         dist.destroy_process_group()
