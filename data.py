@@ -282,13 +282,13 @@ class Placement(NamedTuple):
 
 
 def named_placement(rng):
-    """A placement that the caption names -> (Placement, size word, place word).
-
-    On a canvas of 8 x 8 patches these are whole patches, so a subject that is only moved keeps its codes: drawing it
-    elsewhere begins as copying, which is what a small model can learn in an hour.
-    """
+    """A placement that the caption names -> (Placement, size word, place word). On a canvas of 8 x 8 patches these are
+    whole patches: a subject that is only moved keeps its codes, and drawing it elsewhere begins as copying."""
     size, place = list(SIZES)[rng.integers(2)], list(PLACES)[rng.integers(3)]
     return Placement(SIZES[size], PLACES[place], 0.5 if size == "" else 0.75), size, place
+
+
+AS_GIVEN = Placement(0.75, 0.5, 0.5)  # how people give a reference: the subject large, in the middle
 
 
 def free_placement(rng):
@@ -393,7 +393,7 @@ class Tasks:
         sprite, views = cutout(subject), [s for s in self.views[subject.name] if s is not subject]
         if self.train and task != "text-to-image" and not views:
             sprite = recolour(sprite, rng)
-        here, elsewhere = (list(BACKGROUNDS)[i] for i in rng.choice(len(BACKGROUNDS), 2, replace=False))
+        here, elsewhere = rng.choice(list(BACKGROUNDS), 2, replace=False)
         placement, size, place = named_placement(rng)
         if task in ("reconstruction", "segmentation") and rng.uniform() < 0.7:
             placement, size, place = free_placement(rng), None, None
@@ -408,7 +408,7 @@ class Tasks:
         elif task == "subject-driven":
             if views:  # other pictures of the same subject
                 sprite = cutout(views[rng.integers(len(views))])
-            where = Placement(0.75, rng.integers(3) / 2, 0.5) if rng.uniform() < 0.6 else free_placement(rng)
+            where = AS_GIVEN if rng.uniform() < 0.7 else free_placement(rng)
             reference, _ = compose(sprite, draw_background(elsewhere, self.size, rng), where)
         return {"label": subject.label, "caption": caption, "refs": [np.asarray(reference)] * (task != "text-to-image"),
                 "target": np.asarray(alone if task == "segmentation" else image)}
@@ -431,7 +431,7 @@ def main():
             raise BadInput(f"--subject {args.subject}: no such label; some that there are: {some}")
         subject, rng = min(found, key=lambda s: len(s.label)), np.random.default_rng(args.seed)
         words = list(BACKGROUNDS)[rng.integers(11)]  # a place, not a plain colour
-        picture, _ = compose(cutout(subject), draw_background(words, 256, rng), Placement(0.75, 0.5, 0.5))
+        picture, _ = compose(cutout(subject), draw_background(words, 256, rng), AS_GIVEN)
         with whole_file(args.output) as temporary:
             picture.save(temporary, "PNG")
         print(f"wrote {args.output}: {subject.label}, {words} ({'held out' if is_held_out(subject) else 'trained on'})")
