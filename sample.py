@@ -110,7 +110,7 @@ def main():
     parser.add_argument("-n", type=data.whole(1), default=1, help="how many pictures")
     parser.add_argument("-o", "--output", default="sample.png", help="a .png (several pictures as a grid), or a folder (one PNG each)")
     parser.add_argument("--seed", type=data.whole(0), default=0, help="picture i is drawn with seed + i")
-    parser.add_argument("--temperature", type=float, default=0.9, help="0 takes the likeliest code each time")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest code each time")
     parser.add_argument("--top-k", type=data.whole(0), default=0, help="draw from the k likeliest codes (0: from all)")
     parser.add_argument("--cfg", type=float, help="guidance, image and text alike (default: what suits the task)")
     parser.add_argument("--cfg-image", type=float, help="how closely to follow the reference (1: no guidance)")

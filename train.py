@@ -190,7 +190,7 @@ def held_out_sheet(model, tokenizer, datasets, path, device, n=6):
         cfg_image, cfg_text = GUIDANCE[task]
         with autocast(device):
             prompts = [(pieces, references) for pieces, references, _ in encode_samples(tokenizer, samples, device)]
-            codes = generate(model, prompts, cfg_image=cfg_image, cfg_text=cfg_text, temperature=0.9)
+            codes = generate(model, prompts, cfg_image=cfg_image, cfg_text=cfg_text, temperature=0.6)
             drawn = to_arrays(tokenizer.decode(codes))
         cells = [("<image>".join(pieces), [*s["refs"], s["target"], d]) for (pieces, _), s, d in zip(prompts, samples, drawn)]
         rows.append((f"{task}: {'reference, ' if samples[0]['refs'] else ''}target, drawn", cells))
