@@ -415,13 +415,13 @@ class Tasks:
 
 
 def main():
-    from sample import save_sheet, whole_file  # here, because sample.py imports this file
+    from sample import fill_prompt, save_sheet, whole_file  # here, because sample.py imports this file
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="emoji, shapes or a folder of images; several with commas between (default: emoji)")
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--subject", metavar="LABEL", help="write this subject on a background, instead of a sheet")
-    parser.add_argument("-o", "--output", default="data.png")
+    parser.add_argument("-o", "--output", default="data.png", help="the PNG to write (default: data.png)")
     args = parser.parse_args()
     subjects = load_subjects(args.data)
     if args.subject:
@@ -439,7 +439,7 @@ def main():
     samples = {task: [Tasks(subjects, {task: 1.0}, 64, args.seed)[i] for i in range(6)]
                for task in TASKS[:5 if any(s.has_cutout for s in subjects) else 2]}
     save_sheet([(f"{task}: {'reference, ' if row[0]['refs'] else ''}target",
-                 [(f"{s['label']}: {s['caption']}", [*s["refs"], s["target"]]) for s in row])
+                 [("<image>".join(fill_prompt(task, s["label"], s["caption"])), [*s["refs"], s["target"]]) for s in row])
                 for task, row in samples.items()], args.output)
     print(f"wrote {args.output}: {len(subjects)} subjects, {sum(map(is_held_out, subjects))} of them held out")
 

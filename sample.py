@@ -2,7 +2,7 @@
 
     python sample.py --ref dog.png --label dog --prompt "a dog on the beach"     this dog, in a new scene
     python sample.py --ref dog.png --label dog                                   the dog, cut out, on black
-    python sample.py --ref dog.png [--prompt "a dog in the snow"]                the picture itself, redrawn
+    python sample.py --ref dog.png                                               the picture itself, redrawn
     python sample.py --prompt "a dog on the beach"                               text alone
     python sample.py --prompt "a small cat in space" -n 8 -o cats.png            eight pictures, as one grid
 """
@@ -108,9 +108,9 @@ def main():
     parser.add_argument("--label", default="", help="what to look for in the reference")
     parser.add_argument("--prompt", default="", help="the picture to draw, in words")
     parser.add_argument("-n", type=data.whole(1), default=1, help="how many pictures")
-    parser.add_argument("-o", "--output", default="sample.png", help="a .png (several pictures as a grid), or a folder (one PNG each)")
+    parser.add_argument("-o", "--output", default="sample.png", help="a .png, several pictures as a grid, or a folder, one PNG each (default: sample.png)")
     parser.add_argument("--seed", type=data.whole(0), default=0, help="picture i is drawn with seed + i")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest code each time")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest code each time (default: 0.6)")
     parser.add_argument("--top-k", type=data.whole(0), default=0, help="draw from the k likeliest codes (0: from all)")
     parser.add_argument("--cfg", type=float, help="guidance, image and text alike (default: what suits the task)")
     parser.add_argument("--cfg-image", type=float, help="how closely to follow the reference (1: no guidance)")

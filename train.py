@@ -4,7 +4,7 @@
     python train.py --stage 2                        starts from out/stage1.pt
     python train.py --stage 1 --data my_folder       your own cut-outs
     torchrun --nproc_per_node=8 train.py --stage 1   eight GPUs; the same gradients as one with the same --batch-size
-    python train.py --export weights/cpu.pt          the finished model, in half precision
+    python train.py --export weights/mine.pt         the finished model, in half precision
 
 The same command again resumes where it stopped. In --out: tokenizer.pt, stage1.pt, stage2.pt (checkpoints), stage0.png,
 stage1.png, stage2.png (what it draws of held-out subjects), log.jsonl (a line per logged step).
@@ -340,6 +340,8 @@ def train(stage, args, device, rank, world):
     if stop:
         print(f"stopped: step {done} of {steps} is saved in {path}; the same command goes on", file=sys.stderr)
         sys.exit(130)
+    if rank == 0:
+        print(f"stage {stage} is finished: {path}, and what it draws: {path.replace('tokenizer', 'stage0')[:-3]}.png", file=sys.stderr)
     if world > 1:
         dist.barrier()  # the next stage reads what the first process has just saved
 
