@@ -252,7 +252,7 @@ class Mentor(nn.Module):
     @torch.no_grad()
     def decode(self, codes, positions, index, cache):
         """One more code each: codes (B,), positions (B, 3), index (B,) in the cache -> logits (B, codebook_size).
-        Every shape is static, so torch.compile(mode="reduce-overhead") can record it once and replay it."""
+        Every shape is static and the cache is written in place, as torch.compile wants it (tried on the CPU alone)."""
         x = self.hidden(codes[:, None] + FIRST_CODE, positions[:, None], cache, index)
         return F.linear(x[:, 0], self.code_vectors()).float()
 

@@ -69,7 +69,7 @@ def parse_mix(text):
 
 
 def has_bf16(device):
-    """Whether the hardware multiplies bf16: CUDA does, and CPUs with avx512_bf16 (several times as fast as fp32)."""
+    """Whether the hardware multiplies bf16: CUDA does, and CPUs with avx512_bf16 (others emulate it slowly)."""
     return device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
@@ -280,7 +280,7 @@ def train(stage, args, device, rank, world):
     per_step = batch_size // (2 if stage == 0 else 1)  # stage 0 takes both pictures of a sample
     batches = [range(step * per_step + rank, (step + 1) * per_step, world) for step in range(first, steps)]
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers)
-    # Compiled once for every length that occurs (multiples of 32). The tokenizer is convolutions: compiling it gains nothing.
+    # Compiled once for every length that occurs (multiples of 32).
     torch._dynamo.config.recompile_limit = 64
     net = torch.compile(model, dynamic=False) if args.compile and stage else model
     if world > 1:
