@@ -281,11 +281,10 @@ class Placement(NamedTuple):
     y: float     # and above it
 
 
-def named_placement(rng):
-    """A placement that the caption names -> (Placement, size word, place word). On a canvas of 8 x 8 patches these are
-    whole patches: a subject that is only moved keeps its codes, and drawing it elsewhere begins as copying."""
-    size, place = list(SIZES)[rng.integers(2)], list(PLACES)[rng.integers(3)]
-    return Placement(SIZES[size], PLACES[place], 0.5 if size == "" else 0.75), size, place
+def named_placement(size, place):
+    """The placement of a caption's words. On a canvas of 8 x 8 patches these are whole patches: a subject that is only
+    moved keeps its codes, and drawing it elsewhere begins as copying."""
+    return Placement(SIZES[size], PLACES[place], 0.5 if size == "" else 0.75)
 
 
 AS_GIVEN = Placement(0.75, 0.5, 0.5)  # how people give a reference: the subject large, in the middle
@@ -394,7 +393,8 @@ class Tasks:
         if self.train and task != "text-to-image" and not views:
             sprite = recolour(sprite, rng)
         here, elsewhere = rng.choice(list(BACKGROUNDS), 2, replace=False)
-        placement, size, place = named_placement(rng)
+        size, place = str(rng.choice(list(SIZES))), str(rng.choice(list(PLACES)))
+        placement = named_placement(size, place)
         if task in ("reconstruction", "segmentation") and rng.uniform() < 0.7:
             placement, size, place = free_placement(rng), None, None
         image, alone = compose(sprite, draw_background(here, self.size, rng), placement)

@@ -20,7 +20,7 @@ from torch import nn
 class Config:
     image_size: int = 64        # pixels a side
     downsample: int = 8         # pixels a side of the patch that one code stands for
-    codebook_size: int = 4096   # image codes
+    codebook_size: int = 1024   # of each of the tokenizer's two codebooks: an image code is a pair, coarse and fine
     code_dim: int = 8           # numbers in a codebook vector
     channels: int = 80          # width of the tokenizer
     n_layer: int = 6
@@ -38,9 +38,9 @@ class Config:
 
 
 CONFIGS = {
-    "test": Config(image_size=32, codebook_size=256, channels=32, n_layer=2, n_head=2, n_embd=64, block_size=144),
+    "test": Config(image_size=32, codebook_size=64, channels=32, n_layer=2, n_head=2, n_embd=64, block_size=144),
     "cpu": Config(),
-    "gpu": Config(image_size=128, codebook_size=8192, channels=128, n_layer=12, n_head=12, n_embd=768, block_size=640),
+    "gpu": Config(image_size=128, codebook_size=4096, channels=128, n_layer=12, n_head=12, n_embd=768, block_size=640),
     "paper": Config(image_size=512, downsample=16, codebook_size=16384, channels=256, n_layer=36, n_head=20, n_embd=1280,
                     block_size=5 * 1024 + 512),
 }
@@ -177,26 +177,36 @@ class CausalSelfAttention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.proj(F.relu(self.fc(x)).square())
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attention = CausalSelfAttention(config)
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.mlp = MLP(config)
 
     def forward(self, x, rotary, cache=None, index=None):
         x = x + self.attention(rms_norm(x), rotary, cache, index)
-        return x + self.proj(F.relu(self.fc(rms_norm(x))).square())
+        return x + self.mlp(rms_norm(x))
 
 
 class Mentor(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(FIRST_CODE + config.codebook_size, config.n_embd)
+        self.embedding = nn.Embedding(FIRST_CODE + 2 * config.codebook_size, config.n_embd)  # text, coarse, fine
         self.code_proj = nn.Linear(config.code_dim, config.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.register_buffer("codebook", torch.zeros(config.codebook_size, config.code_dim))  # the tokenizer's
+        self.fine_mlp = MLP(config)
+        self.register_buffer("codebook", torch.zeros(2, config.codebook_size, config.code_dim))  # the tokenizer's
         self.init_weights()
 
     def init_weights(self):
@@ -207,54 +217,69 @@ class Mentor(nn.Module):
         bound = (3 / self.config.n_embd) ** 0.5
         for block in self.blocks:
             nn.init.uniform_(block.attention.qkv.weight, -bound, bound)
-            nn.init.uniform_(block.fc.weight, -bound, bound)
             nn.init.zeros_(block.attention.proj.weight)
-            nn.init.zeros_(block.proj.weight)
             nn.init.constant_(block.attention.gain, 1.5)
+        for mlp in (*(block.mlp for block in self.blocks), self.fine_mlp):
+            nn.init.uniform_(mlp.fc.weight, -bound, bound)
+            nn.init.zeros_(mlp.proj.weight)
 
     def code_vectors(self):
-        """An image code is its own embedding plus a projection of its codebook vector -> (codebook_size, n_embd).
-        The same vectors are the head: what attention copies from a reference is at once the logit of that code."""
-        return self.embedding.weight[FIRST_CODE:] + self.code_proj(self.codebook)
+        """Coarse and fine vectors (2, codebook_size, n_embd): an embedding each plus a projection of the codebook's.
+        An image code enters as the sum of its two. The same vectors are the head: what attention copies from a reference
+        is at once the logit of that code."""
+        return self.embedding.weight[FIRST_CODE:].view(2, -1, self.config.n_embd) + self.code_proj(self.codebook)
 
     def hidden(self, ids, positions, cache=None, index=None):
         """ids (B, T), positions (B, T, 3) -> the last block's output, normalised (B, T, n_embd)."""
-        table = torch.cat((self.embedding.weight[:FIRST_CODE], self.code_vectors()))
-        x = rms_norm(F.embedding(ids, table))
+        coarse, fine = self.code_vectors()
+        codes = (ids - FIRST_CODE).clamp_min(0)
+        images = F.embedding(codes // len(fine), coarse) + F.embedding(codes % len(fine), fine)
+        text = F.embedding(ids.clamp_max(FIRST_CODE - 1), self.embedding.weight[:FIRST_CODE])
+        x = rms_norm(torch.where((ids < FIRST_CODE)[..., None], text, images))
         rotary = rotary_table(positions, self.config.n_embd // self.config.n_head, self.config.side)
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, cache if index is None else cache[i], index)
         return rms_norm(x)
 
-    def forward(self, ids, positions, lengths, target):
-        """A sequence's loss: cross-entropy on the picture's codes alone, and only there is the head computed.
+    def coarse_logits(self, x):
+        """The last block's output (..., n_embd) -> logits of the coarse half of the code it predicts (..., codebook_size)"""
+        return F.linear(x, self.code_vectors()[0]).float()
 
-        ids (B, T), positions (B, T, 3), lengths (B,) without padding, target (B, N) -> (B,), nats a code.
+    def fine_logits(self, x, coarse):
+        """The same output, told the coarse half (...) -> logits of the fine half (..., codebook_size)"""
+        coarse_vectors, fine_vectors = self.code_vectors()
+        x = x + self.fine_mlp(rms_norm(x + rms_norm(F.embedding(coarse, coarse_vectors))))
+        return F.linear(x, fine_vectors).float()
+
+    def forward(self, ids, positions, lengths, target):
+        """A sequence's loss: cross-entropy on the picture's codes alone, and only there are the heads computed.
+
+        ids (B, T), positions (B, T, 3), lengths (B,) without padding, target (B, N) -> (B,), nats a code, both halves.
         """
         x = self.hidden(ids, positions)  # (B, T, n_embd)
-        N = target.shape[1]
+        N, K = target.shape[1], self.config.codebook_size
         last = lengths[:, None] - N + torch.arange(N, device=ids.device)  # (B, N): the tokens that predict the picture
         x = x.gather(1, last[..., None].expand(-1, -1, x.shape[2]))  # (B, N, n_embd)
-        logits = F.linear(x, self.code_vectors()).float()  # (B, N, codebook_size)
-        return F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
+        coarse, fine = self.coarse_logits(x), self.fine_logits(x, target // K)  # (B, N, codebook_size)
+        loss = F.cross_entropy(coarse.transpose(1, 2), target // K, reduction="none")
+        return (loss + F.cross_entropy(fine.transpose(1, 2), target % K, reduction="none")).mean(1)
 
     # -- drawing
 
     @torch.no_grad()
     def prefill(self, ids, positions, lengths):
-        """The whole prefix at once -> logits of the first code (B, codebook_size), and the cache of keys and values with
-        room for the picture, (n_layer, 2, B, n_head, T + N, head_dim)."""
+        """The whole prefix at once -> the output that predicts the first code (B, n_embd), and the cache of keys and values
+        with room for the picture, (n_layer, 2, B, n_head, T + N, head_dim)."""
         layers = []
         x = self.hidden(ids, positions, layers)
         x = x[torch.arange(len(ids), device=ids.device), lengths - 1]  # (B, n_embd)
-        return F.linear(x, self.code_vectors()).float(), F.pad(torch.stack(layers), (0, 0, 0, self.config.n_codes))
+        return x, F.pad(torch.stack(layers), (0, 0, 0, self.config.n_codes))
 
     @torch.no_grad()
     def decode(self, codes, positions, index, cache):
-        """One more code each: codes (B,), positions (B, 3), index (B,) in the cache -> logits (B, codebook_size).
+        """One more code each: codes (B,), positions (B, 3), index (B,) in the cache -> output (B, n_embd).
         Every shape is static and the cache is written in place, as torch.compile wants it (tried on the CPU alone)."""
-        x = self.hidden(codes[:, None] + FIRST_CODE, positions[:, None], cache, index)
-        return F.linear(x[:, 0], self.code_vectors()).float()
+        return self.hidden(codes[:, None] + FIRST_CODE, positions[:, None], cache, index)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +307,7 @@ def generate(model, prompts, n=1, seed=0, temperature=1.0, top_k=0, cfg_image=1.
     """Draws n pictures of each prompt.
 
     prompts: list of (pieces, references), as build_sequence takes them. All guidance branches run as one batch, and the
-    n pictures of a prompt share its prefill. Picture i uses the noise of seed + i, whatever else is drawn beside it.
+    n pictures of a prompt share its prefill. Row i of the result uses the noise of seed + i, whatever is drawn beside it.
     decode: a compiled model.decode. -> codes (len(prompts) * n, N)
     """
     config, device = model.config, model.embedding.weight.device
@@ -293,25 +318,36 @@ def generate(model, prompts, n=1, seed=0, temperature=1.0, top_k=0, cfg_image=1.
     ids, positions, lengths = ids.to(device), positions.to(device), lengths.to(device)
     order = positions[torch.arange(len(ids), device=device), lengths - 1, 0]  # the picture's own order
 
-    logits, cache = model.prefill(ids, positions, lengths)
-    cache, logits = cache.repeat_interleave(n, 2), logits.repeat_interleave(n, 0)
+    x, cache = model.prefill(ids, positions, lengths)
+    cache, x = cache.repeat_interleave(n, 2), x.repeat_interleave(n, 0)  # rows: prompt, branch, picture
     order, lengths = order.repeat_interleave(n), lengths.repeat_interleave(n)
     patches = torch.cartesian_prod(*[torch.arange(config.side, device=device)] * 2)  # (N, 2)
     # A picture's noise on the CPU, from its own seed: the same picture on every device and in every batch.
-    noise = torch.stack([torch.empty(config.n_codes, config.codebook_size).exponential_(generator=torch.Generator().manual_seed(seed + i))
-                         for i in range(n)]).repeat(len(prompts), 1, 1).to(device)  # (len(prompts) * n, N, codebook_size)
-    codes = []
-    for i in range(config.n_codes):
-        if i > 0:
-            fed = codes[-1].view(len(prompts), 1, n).expand(-1, len(weights), -1).flatten()  # the same code to each branch
-            logits = decode(fed, torch.cat((order[:, None], patches[i].expand(len(order), 2)), 1), lengths + i - 1, cache)
-        branches = logits.view(len(prompts), len(weights), n, -1)  # rows: prompt, branch, picture
+    noise = torch.empty(len(prompts) * n, config.n_codes, 2, config.codebook_size)
+    for i, picture in enumerate(noise):
+        picture.exponential_(generator=torch.Generator().manual_seed(seed + i))
+    noise = noise.to(device)
+
+    def choose(logits, noise):
+        """Guided logits of all branches, and a picture's noise -> what is drawn (len(prompts) * n,)"""
+        branches = logits.view(len(prompts), len(weights), n, -1)
         guided = (branches * weights[None, :, None, None]).sum(1).flatten(0, 1)  # (len(prompts) * n, codebook_size)
         if top_k:
             guided = guided.masked_fill(guided < guided.topk(min(top_k, guided.shape[-1])).values[:, -1:], -torch.inf)
         if temperature > 0:  # probabilities over exponential noise: their argmax is a draw from the softmax
-            guided = (guided / temperature).softmax(-1) / noise[:, i]
-        codes.append(guided.argmax(-1))
+            guided = (guided / temperature).softmax(-1) / noise
+        return guided.argmax(-1)
+
+    def to_branches(chosen):
+        return chosen.view(len(prompts), 1, n).expand(-1, len(weights), -1).flatten()
+
+    codes = []
+    for i in range(config.n_codes):
+        if i > 0:
+            x = decode(to_branches(codes[-1]), torch.cat((order[:, None], patches[i].expand(len(order), 2)), 1), lengths + i - 1, cache)
+        coarse = choose(model.coarse_logits(x), noise[:, i, 0])
+        fine = choose(model.fine_logits(x, to_branches(coarse)), noise[:, i, 1])
+        codes.append(coarse * config.codebook_size + fine)
     return torch.stack(codes, 1)
 
 

@@ -36,7 +36,7 @@ from tokenizer import Tokenizer, quality, to_arrays, to_images
 # sequences go through the transformer at once; it changes memory and speed, never the result.
 SCHEDULES = {
     "test": dict(steps=(150, 80, 80), batch_size=(32, 16, 16), lr=(2e-3, 1.2e-2, 6e-3), micro_batch=16),
-    "cpu": dict(steps=(4200, 1500, 2300), batch_size=(64, 32, 32), lr=(2e-3, 4e-3, 3e-3), micro_batch=16),
+    "cpu": dict(steps=(5400, 1500, 2600), batch_size=(64, 32, 32), lr=(2e-3, 4e-3, 3e-3), micro_batch=16),
     "gpu": dict(steps=(50_000, 60_000, 60_000), batch_size=(256, 256, 256), lr=(1e-3, 1e-3, 5e-4), micro_batch=64),
     "paper": dict(steps=(200_000, 20_000, 20_000), batch_size=(128, 128, 128), lr=(2e-4, 5e-4, 1e-4), micro_batch=4),
 }
@@ -114,17 +114,15 @@ def learning_rate(step, steps, peak):
 
 
 def make_optimizers(model, bf16, fused):
-    """Muon on the hidden matrices, AdamW on all else (embeddings, gains, the tokenizer).
+    """Muon on the hidden matrices (the tokenizer's convolutions too), AdamW on all else (embeddings, codebooks, gains).
 
     torch's Muon orthogonalises in bf16: where the hardware does not multiply bf16 fast, AdamW takes the matrices too.
     """
     named = list(model.named_parameters())
-    hidden = [p for name, p in named if bf16 and name.startswith("blocks.") and p.ndim == 2]
+    hidden = [p for name, p in named if bf16 and p.ndim == 2 and (".conv" in name or name.startswith(("blocks.", "fine_mlp.")))]
     rest = [p for name, p in named if not any(p is h for h in hidden)]
     decay, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-    if isinstance(model, Tokenizer):
-        groups = [{"params": decay + plain, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)]
     if hidden:  # match_rms_adamw: one learning rate serves both
         optimizers.append(torch.optim.Muon(hidden, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
@@ -266,7 +264,8 @@ def train(stage, args, device, rank, world):
         if stage == 2:
             model.load_state_dict(checkpoint["model"])
         else:
-            model.codebook.copy_(torch.nn.functional.normalize(checkpoint["tokenizer"]["codebook"], dim=-1))
+            tokenizer.load_state_dict(checkpoint["tokenizer"])
+            model.codebook.copy_(tokenizer.books().detach())
     if first >= steps:
         print(f"stage {stage} is finished: {path}", file=sys.stderr)
         return

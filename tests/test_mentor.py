@@ -14,12 +14,13 @@ N = CONFIG.n_codes
 
 
 def random_codes(seed=0):
-    return torch.randint(CONFIG.codebook_size, (N,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(CONFIG.codebook_size ** 2, (N,), generator=torch.Generator().manual_seed(seed))
 
 
 def prefix_logits(model, pieces, references=()):
+    """Logits of the first code's coarse half (codebook_size,)"""
     ids, positions, lengths = pad_sequences([build_sequence(CONFIG, pieces, references)])
-    return model.prefill(ids, positions, lengths)[0][0]
+    return model.coarse_logits(model.prefill(ids, positions, lengths)[0])[0]
 
 
 # -- the sequence
@@ -95,18 +96,18 @@ def test_cached_decode_equals_the_full_forward_at_every_position(model):
     full = []
     for prompt in prompts:
         ids, positions = build_sequence(CONFIG, *prompt, target)
-        full.append(F.linear(model.hidden(ids[None], positions[None])[0, -N:], model.code_vectors()))
-    full = torch.stack(full, 1)  # (N, 2, codebook_size)
+        full.append(model.hidden(ids[None], positions[None])[0, -N:])
+    full = torch.stack(full, 1)  # (N, 2, n_embd)
 
     prefixes = [build_sequence(CONFIG, *prompt) for prompt in prompts]
     prefix, where, lengths = pad_sequences(prefixes)
-    logits, cache = model.prefill(prefix, where, lengths)
+    x, cache = model.prefill(prefix, where, lengths)
     order = torch.stack([p[-1, 0] for _, p in prefixes])
     for i in range(N):
-        assert torch.allclose(logits, full[i], atol=1e-4), i
+        assert torch.allclose(x, full[i], atol=1e-4), i
         if i + 1 < N:
             patch = torch.tensor([(i + 1) // CONFIG.side, (i + 1) % CONFIG.side]).expand(2, 2)
-            logits = model.decode(target[i].expand(2), torch.cat((order[:, None], patch), 1), lengths + i, cache)
+            x = model.decode(target[i].expand(2), torch.cat((order[:, None], patch), 1), lengths + i, cache)
 
 
 def test_right_padding_changes_nothing(model):
@@ -118,17 +119,20 @@ def test_right_padding_changes_nothing(model):
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_loss_is_the_cross_entropy_of_the_picture_alone(model):
-    target = random_codes(2)
-    ids, positions = build_sequence(CONFIG, ["a cat"], [], target)
-    logits = F.linear(model.hidden(ids[None], positions[None])[0], model.code_vectors())  # (T, codebook_size)
-    loss = model(*pad_sequences([(ids, positions)]), target[None])
-    assert torch.allclose(loss[0], F.cross_entropy(logits[-N:], target), atol=1e-5)
-    # What stands in the text or the reference is never a target: other tokens there leave only the prefix's effect.
-    reference = random_codes(3)
-    ids, positions = build_sequence(CONFIG, ["", ""], [reference], target)
-    logits = F.linear(model.hidden(ids[None], positions[None])[0], model.code_vectors())
-    assert torch.allclose(model(*pad_sequences([(ids, positions)]), target[None])[0], F.cross_entropy(logits[-N:], target), atol=1e-5)
+def test_loss_is_the_cross_entropy_of_the_pictures_two_halves_alone(model):
+    """What stands in the text or the reference is never a target."""
+    target, K = random_codes(2), CONFIG.codebook_size
+    for pieces, references in ((["a cat"], []), (["", ""], [random_codes(3)])):
+        ids, positions = build_sequence(CONFIG, pieces, references, target)
+        x = model.hidden(ids[None], positions[None])[0, -N:]
+        wanted = sum(F.cross_entropy(logits, half) for logits, half in
+                     ((model.coarse_logits(x), target // K), (model.fine_logits(x, target // K), target % K)))
+        assert torch.allclose(model(*pad_sequences([(ids, positions)]), target[None])[0], wanted, atol=1e-5)
+
+
+def test_the_fine_half_depends_on_the_coarse_one(model):
+    x = torch.randn(1, CONFIG.n_embd)
+    assert (model.fine_logits(x, torch.tensor([1])) - model.fine_logits(x, torch.tensor([2]))).abs().max() > 1e-3
 
 
 # -- drawing
@@ -139,7 +143,9 @@ def greedy(model, pieces, references):
     codes = torch.zeros(N, dtype=torch.long)
     for i in range(N):
         ids, positions = build_sequence(CONFIG, pieces, references, codes)
-        codes[i] = F.linear(model.hidden(ids[None], positions[None])[0, i - N], model.code_vectors()).argmax()
+        x = model.hidden(ids[None], positions[None])[0, i - N]
+        coarse = model.coarse_logits(x).argmax()
+        codes[i] = coarse * CONFIG.codebook_size + model.fine_logits(x, coarse).argmax()
     return codes
 
 
@@ -155,13 +161,13 @@ def test_guidance_is_null_plus_two_differences(model):
     wanted = null + 3.0 * (image - null) + 2.0 * (full - image)
     got = sum(weight * prefix_logits(model, p, r) for weight, p, r in guidance_branches(*prompt, 3.0, 2.0))
     assert torch.allclose(got, wanted, atol=1e-4)
-    assert generate(model, [prompt], temperature=0, cfg_image=3.0, cfg_text=2.0)[0, 0] == wanted.argmax()
+    assert generate(model, [prompt], temperature=0, cfg_image=3.0, cfg_text=2.0)[0, 0] // CONFIG.codebook_size == wanted.argmax()
 
 
 def test_a_picture_depends_on_its_seed_and_not_on_its_batch(model):
     prompts = [(["a cat"], []), (["The dog in ", ".\na small dog"], [random_codes(1)])]
     four = generate(model, prompts, n=2, seed=5, cfg_image=2.0, cfg_text=2.0)
-    assert torch.equal(four[3], generate(model, prompts[1:], seed=6, cfg_image=2.0, cfg_text=2.0)[0])
+    assert torch.equal(four[3], generate(model, prompts[1:], seed=8, cfg_image=2.0, cfg_text=2.0)[0])
     assert not torch.equal(four[2], four[3])
 
 
@@ -182,8 +188,9 @@ def test_training_step_and_decode_step_on_the_meta_device():
     ids, positions, lengths = (x.to("meta") for x in pad_sequences([build_sequence(CONFIG, ["a"], [], random_codes())]))
     model(ids, positions, lengths, torch.zeros(1, N, dtype=torch.long, device="meta")).mean().backward()
     assert all(p.grad.device.type == "meta" for p in model.parameters())
-    logits, caches = model.prefill(ids, positions, lengths)
-    logits = model.decode(logits.argmax(-1), positions[:, -1], lengths, caches)
+    x, caches = model.prefill(ids, positions, lengths)
+    x = model.decode(model.coarse_logits(x).argmax(-1), positions[:, -1], lengths, caches)
+    logits = model.fine_logits(x, model.coarse_logits(x).argmax(-1))
     assert logits.shape == (1, CONFIG.codebook_size) and logits.device.type == "meta"
 
 

@@ -1,0 +1,303 @@
+"""How good is a trained model? The paper's measures, on held-out subjects, run by hand:
+
+    python tests/bench_quality.py --ckpt out/stage2.pt              one table, and a labelled sheet, quality.png
+    python tests/bench_quality.py --ckpt out/stage2.pt --sweep      the balance of CP and PF as guidance changes, sweep.png
+
+CP, concept preservation: is the drawn subject the referenced one? The cut-outs of the true subject and of 19 others are laid
+over the drawn picture, at every place and size that prompts name, mirrored or not, two pixels to and fro. Whichever explains
+most of what stands out from the background is the one that was drawn. CP is the share of pictures where that is the true
+subject (chance: .05), similarity the share that the true subject explains.
+PF, prompt following: the share of the prompt's parts that hold: background, place and size.
+
+We composed the scenes, so the truth is known and no network has to judge. Three references are scored by the same code: the
+true pictures through the tokenizer (a ceiling), the reference handed back as it is (CP without PF), and the same model
+without the reference (PF without CP).
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+from data import AS_GIVEN, BACKGROUNDS, PLACES, SIZES, BadInput, compose, cutout, draw_background
+from mentor import GUIDANCE, fill_prompt, generate
+from sample import load_models, save_sheet, whole_file
+from tokenizer import psnr, to_arrays, to_images
+from train import autocast
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked of the model
+
+
+LOOKS = [(size, place) for size in SIZES for place in PLACES]  # what prompts can ask for
+
+
+class Case(NamedTuple):
+    subject: data.Subject
+    background: str        # what the prompt names,
+    size: str
+    place: str
+    caption: str           # and in words
+    reference: np.ndarray  # (H, W, 3): the subject large and in the middle, on another background
+    target: np.ndarray     # what the prompt describes
+    scene: np.ndarray      # the subject anywhere: to be copied, and to be cut out
+    alone: np.ndarray      # the subject of that scene on black
+    mask: np.ndarray       # (H, W), bool
+
+
+def make_cases(subjects, n, image_size, seed):
+    """n cases, each a pure function of (seed, index); the subjects take turns."""
+    cases, order = [], np.random.default_rng(seed).permutation(len(subjects))
+    for i in range(n):
+        rng = np.random.default_rng([seed, i])
+        subject, sprite = subjects[order[i % len(order)]], cutout(subjects[order[i % len(order)]])
+        here, there, anywhere = rng.choice(list(BACKGROUNDS), 3, replace=False)
+        size, place = LOOKS[rng.integers(len(LOOKS))]
+        reference, _ = compose(sprite, draw_background(there, image_size, rng), AS_GIVEN)
+        target, _ = compose(sprite, draw_background(here, image_size, rng), data.named_placement(size, place))
+        free = data.free_placement(rng)
+        scene, alone = compose(sprite, draw_background(anywhere, image_size, rng), free)
+        pictures = map(np.asarray, (reference, target, scene, alone))
+        caption = data.write_caption(rng, subject.label, here, size, place)
+        cases.append(Case(subject, here, size, place, caption, *pictures, silhouette(sprite, image_size, free)))
+    return cases
+
+
+def silhouette(sprite, image_size, placement):
+    """Where a sprite is at least half opaque -> (H, W), bool"""
+    white = Image.new("RGBA", sprite.size, "white")
+    white.putalpha(sprite.getchannel("A"))
+    return np.asarray(compose(white, Image.new("RGB", (image_size, image_size)), placement)[1])[..., 0] >= 128
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judge
+
+SHIFTS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+N_OTHERS = 19
+
+
+def templates(subject, image_size):
+    """Every way in which a prompt can place the subject -> pixels (n, H, W, 3), 0 outside the mask; masks (n, H, W), 0 or 1.
+    They go through LOOKS in order, with as many shifts and mirrorings each."""
+    pixels, masks, black = [], [], Image.new("RGB", (image_size, image_size))
+    for size, place in LOOKS:
+        placement = data.named_placement(size, place)
+        for sprite in (cutout(subject), ImageOps.mirror(cutout(subject))):
+            alone, mask = np.asarray(compose(sprite, black, placement)[1]), silhouette(sprite, image_size, placement)
+            for shift in SHIFTS:
+                shift = [n * image_size // 32 for n in shift]
+                masks.append(np.roll(mask, shift, (0, 1)))
+                pixels.append(np.roll(alone * mask[..., None], shift, (0, 1)))
+    return np.stack(pixels).astype(np.float32) / 255, np.stack(masks).astype(np.float32)
+
+
+def coarse(pictures):
+    """(n, H, W, ...) -> (n, 256, ...): means over a grid of 16 x 16"""
+    n, H = pictures.shape[:2]
+    return pictures.reshape(n, 16, H // 16, 16, H // 16, -1).mean((2, 4)).reshape(n, 256, -1)
+
+
+def judge(pictures, cases, seed=0):
+    """pictures: uint8 (n, H, W, 3), one a case -> dict of arrays (n,): recognised, similarity, background, place, size."""
+    n, size = pictures.shape[:2]
+    drawn = pictures.astype(np.float32) / 255
+    rng = np.random.default_rng(seed)
+    words = np.repeat(list(BACKGROUNDS), 12)  # a dozen drawings of each: their light, horizon and details differ
+    drawings = np.stack([np.asarray(draw_background(w, size, rng)) for w in words]).astype(np.float32) / 255
+    errors = ((coarse(drawn)[:, None] - coarse(drawings)[None]) ** 2).sum(3)  # (n, drawings, 256)
+    # First guess: the drawing that fits best where it fits best; a big subject hides more than half of it.
+    fit = np.partition(errors, 100, 2)[:, :, :100].mean(2).argmin(1)
+    behind = drawings[fit]  # (n, H, W, 3)
+
+    # A template explains: the squared error of the bare background minus that of the template, where the template is.
+    # Expanded, that is |background|^2 - 2 picture . background + 2 picture . template - |template|^2: two matrix products.
+    total = ((drawn - behind) ** 2).sum((1, 2, 3)) + 1e-6
+    bare = (behind ** 2 - 2 * drawn * behind).sum(3).reshape(n, -1)
+    subjects = list({case.subject.name: case.subject for case in cases}.values())
+    explained, best = np.empty((n, len(subjects))), np.empty((n, len(subjects)), int)
+    for j, subject in enumerate(subjects):
+        pixels, masks = templates(subject, size)
+        gain = bare @ masks.reshape(len(masks), -1).T + 2 * drawn.reshape(n, -1) @ pixels.reshape(len(masks), -1).T
+        gain -= (pixels ** 2).sum((1, 2, 3))  # (n, templates)
+        explained[:, j], best[:, j] = gain.max(1) / total, gain.argmax(1)
+
+    result = {name: np.zeros(n) for name in ("recognised", "similarity", "background", "place", "size")}
+    for i, case in enumerate(cases):
+        true = next(j for j, subject in enumerate(subjects) if subject.name == case.subject.name)
+        others = np.delete(np.arange(len(subjects)), true)
+        rivals = np.random.default_rng([seed, i]).choice(others, min(N_OTHERS, len(others)), replace=False)
+        result["recognised"][i] = explained[i, true] > explained[i, rivals].max()
+        result["similarity"][i] = max(0.0, explained[i, true])
+        closest = max([true, *rivals], key=lambda j: explained[i, j])  # size and place count whoever was drawn
+        pixels, masks = templates(subjects[closest], size)
+        look = LOOKS[best[i, closest] * len(LOOKS) // len(masks)]
+        result["size"][i], result["place"][i] = look[0] == case.size, look[1] == case.place
+        outside = coarse(masks[best[i, closest]][None])[0, :, 0] < 0.25
+        result["background"][i] = words[errors[i][:, outside].mean(1).argmin()] == case.background
+    return result
+
+
+def summary(result):
+    """What the table says of judged pictures."""
+    mean = {name: float(values.mean()) for name, values in result.items()}
+    cp, pf = mean["recognised"], (mean["background"] + mean["place"] + mean["size"]) / 3
+    return {"CP": cp, "PF": pf, "CP.PF": cp * pf, "CP/PF": cp / max(pf, 1e-9), **{k: v for k, v in mean.items() if k != "recognised"}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the model draws
+
+
+@torch.no_grad()
+def through_tokenizer(tokenizer, pictures, device):
+    return to_arrays(tokenizer.decode(tokenizer.encode(to_images(pictures, device))))
+
+
+@torch.no_grad()
+def draw(model, tokenizer, task, cases, references, seed, temperature, guidance, device):
+    """One picture a case, uint8 (n, H, W, 3). references: a picture a case, or None."""
+    drawn = []
+    for i in range(0, len(cases), 50):
+        part, codes = cases[i:i + 50], [[]] * 50
+        with autocast(device):
+            if references is not None:
+                codes = [[c] for c in tokenizer.encode(to_images(references[i:i + 50], device)).cpu()]
+            prompts = [(fill_prompt(task, case.subject.label, case.caption), c) for case, c in zip(part, codes)]
+            if references is None:
+                prompts = [(["".join(pieces)], []) for pieces, _ in prompts]
+            cfg_image, cfg_text = guidance or GUIDANCE[task]
+            drawn.append(to_arrays(tokenizer.decode(generate(model, prompts, seed=seed + i, temperature=temperature,
+                                                             cfg_image=cfg_image, cfg_text=cfg_text))))
+    return np.concatenate(drawn)
+
+
+def copying(drawn, cases):
+    """Reconstruction -> L2 (root mean square error of a picture's pixels in [0, 1], averaged) and PSNR in dB."""
+    a, b = (to_images(list(pictures), "cpu") for pictures in (drawn, [case.scene for case in cases]))
+    return {"L2": ((a - b) / 2).pow(2).mean((1, 2, 3)).sqrt().mean().item(), "PSNR": psnr(a, b)}
+
+
+def cutting_out(drawn, cases):
+    """Segmentation -> IoU of what is not black with the true mask, and the mean absolute colour error in it, in [0, 1]."""
+    mask = np.stack([case.mask for case in cases])
+    shown = drawn.max(3) > 40  # black after the tokenizer is not quite 0
+    iou = (shown & mask).sum((1, 2)) / (shown | mask).sum((1, 2))
+    error = np.abs(drawn.astype(float) - np.stack([case.alone for case in cases])).mean(3) / 255
+    return {"IoU": float(iou.mean()), "colour error": float((error * mask).sum() / mask.sum())}
+
+
+def print_table(rows):
+    """rows: name -> dict of figures; a table with the columns of all, in README's form."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    print("| |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
+    for name, row in rows.items():
+        print(f"| {name} |", " | ".join(f"{row[c]:.{1 if c == 'PSNR' else 3}f}" if c in row else "" for c in columns), "|")
+
+
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+
+
+def draw_curves(points, path):
+    """points: (cfg_image, cfg_text) -> (CP, PF). A line a cfg_text, along it cfg_image grows."""
+    image = Image.new("RGB", (560, 440), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    cp, pf = zip(*points.values())
+    (left, right), (low, high) = ((min(v) - 0.03, max(v) + 0.03) for v in (pf, cp))
+
+    def place(x, y):
+        return 70 + 400 * (x - left) / (right - left), 380 - 340 * (y - low) / (high - low)
+
+    pen.rectangle((70, 40, 470, 380), outline="black")
+    for i in range(5):
+        x, y = left + (right - left) * i / 4, low + (high - low) * i / 4
+        pen.text((place(x, low)[0], 386), f"{x:.2f}", fill="black", font=font, anchor="ma")
+        pen.text((64, place(left, y)[1]), f"{y:.2f}", fill="black", font=font, anchor="rm")
+    pen.text((270, 412), "PF, prompt following", fill="black", font=font, anchor="ma")
+    pen.text((70, 14), "CP, concept preservation; beside the dots: --cfg-image", fill="black", font=font)
+    for k, text in enumerate(SCALES):
+        colour = tuple(int(c) for c in np.array([(60, 90, 220), (40, 150, 160), (60, 160, 60), (220, 150, 40), (210, 50, 50)])[k])
+        line = [place(points[i, text][1], points[i, text][0]) for i in SCALES]
+        pen.line(line, fill=colour, width=2)
+        for (x, y), scale in zip(line, SCALES):
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+            pen.text((x + 5, y - 5), f"{scale:g}", fill=colour, font=font)
+        pen.text((478, 50 + 20 * k), f"--cfg-text {text:g}", fill=colour, font=font)
+    with whole_file(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def main():
+    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default="out/stage2.pt", help="a trained model (default: out/stage2.pt)")
+    parser.add_argument("--data", help="what it was trained on (default: emoji)")
+    parser.add_argument("--n", type=data.whole(2), default=200, help="pictures a task (default: 200)")
+    parser.add_argument("--seed", type=data.whole(0), default=0)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--sweep", action="store_true", help="subject-driven alone, over a grid of --cfg-image and --cfg-text")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("-o", "--output", help="the sheet to write (default: quality.png, with --sweep: sweep.png)")
+    parser.add_argument("--device", choices=("cpu", "cuda")[:1 + torch.cuda.is_available()],
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    started, device = time.time(), torch.device(args.device)
+    model, tokenizer = load_models(args.ckpt, device)
+    size, subjects = model.config.image_size, [s for s in data.load_subjects(args.data) if s.has_cutout]
+    held_out, trained = ([s for s in subjects if data.is_held_out(s) == wanted] for wanted in (True, False))
+    if len(held_out) < 2:
+        raise BadInput(f"--data {args.data}: fewer than two held-out cut-outs to tell apart")
+    cases = make_cases(held_out, args.n, size, args.seed)
+    references, scenes = [case.reference for case in cases], [case.scene for case in cases]
+
+    def drawn(task, references, cases=cases, guidance=None):
+        return draw(model, tokenizer, task, cases, references, args.seed, args.temperature, guidance, device)
+
+    if args.sweep:
+        grid = [(image, text) for text in SCALES for image in SCALES]
+        pictures = np.concatenate([drawn("subject-driven", references, guidance=scales) for scales in grid])
+        judged = judge(pictures, cases * len(grid))
+        rows = {f"--cfg-image {image:g} --cfg-text {text:g}": summary({k: v[i * args.n:(i + 1) * args.n] for k, v in judged.items()})
+                for i, (image, text) in enumerate(grid)}
+        path = args.output or "sweep.png"
+        draw_curves({scales: (row["CP"], row["PF"]) for scales, row in zip(grid, rows.values())}, path)
+    else:
+        known = make_cases(trained, args.n, size, args.seed)
+        shown = {"true pictures through the tokenizer": through_tokenizer(tokenizer, [case.target for case in cases], device),
+                 "copy the reference": np.stack(references),
+                 "ignore the reference": drawn("subject-driven", None), "subject-driven": drawn("subject-driven", references)}
+        judged = judge(np.concatenate(list(shown.values())), cases * len(shown))
+        rows = {name: summary({k: v[i * args.n:(i + 1) * args.n] for k, v in judged.items()}) for i, name in enumerate(shown)}
+        shown["text-to-image, known labels"] = drawn("text-to-image", None, known)
+        rows["text-to-image, known labels"] = summary(judge(shown["text-to-image, known labels"], known))
+        shown["reconstruction"], shown["segmentation"] = drawn("reconstruction", scenes), drawn("segmentation", scenes)
+        seen = through_tokenizer(tokenizer, scenes + [case.alone for case in cases], device)
+        copies = {"scenes through the tokenizer": copying(seen[:args.n], cases) | cutting_out(seen[args.n:], cases),
+                  "reconstruction": copying(shown["reconstruction"], cases), "segmentation": cutting_out(shown["segmentation"], cases)}
+        path, names = args.output or "quality.png", list(shown)
+        known_or_not = {"text-to-image, known labels": known}
+        save_sheet([(f"{name}: {'scene' if name in names[-2:] else 'target' if 'text' in name else 'reference, target'}, drawn", [
+            (case.subject.label if name in names[-2:] else case.caption,
+             [*([case.scene] if name in names[-2:] else [case.target] if "text" in name else [case.reference, case.target]), picture])
+            for case, picture in zip(known_or_not.get(name, cases)[:8], shown[name])]) for name in names], path)
+    print_table(rows)
+    if not args.sweep:
+        print()
+        print_table(copies)
+        rows |= {f"{name} (copying)": row for name, row in copies.items()}
+    print(f"\n{args.n} cases of {len({c.subject.name for c in cases})} held-out subjects, seed {args.seed}, {args.ckpt}: "
+          f"{time.time() - started:.0f} s, wrote {path}")
+    if args.json:
+        with whole_file(args.json) as temporary:
+            Path(temporary).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    data.run(main)

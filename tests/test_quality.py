@@ -1,0 +1,56 @@
+"""The judge of tests/bench_quality.py must tell apart what it is there to tell apart."""
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import bench_quality
+import data
+from bench_quality import copying, cutting_out, judge, make_cases, summary
+
+
+@pytest.fixture(scope="module")
+def cases():
+    held_out = [s for s in data.load_subjects("shapes") if data.is_held_out(s)]
+    return make_cases(held_out, 24, 64, 0)
+
+
+def test_the_true_pictures_score_high_on_both(cases):
+    score = summary(judge(np.stack([case.target for case in cases]), cases))
+    assert score["CP"] >= 0.95 and score["PF"] >= 0.95 and score["similarity"] > 0.8
+
+
+def test_copying_the_reference_keeps_the_subject_and_not_the_prompt(cases):
+    score = summary(judge(np.stack([case.reference for case in cases]), cases))
+    assert score["CP"] >= 0.9 and score["PF"] <= 0.5 and score["background"] == 0
+
+
+def test_another_subject_in_the_right_scene_keeps_the_prompt_and_not_the_subject(cases):
+    rng, drawn = np.random.default_rng(0), []
+    for case, other in zip(cases, cases[1:] + cases[:1]):
+        background = data.draw_background(case.background, 64, rng)
+        drawn.append(np.asarray(data.compose(data.cutout(other.subject), background, data.named_placement(case.size, case.place))[0]))
+    score = summary(judge(np.stack(drawn), cases))
+    assert score["CP"] <= 0.15 and score["PF"] >= 0.9
+
+
+def test_copies_and_cutouts_of_the_truth_are_perfect_and_a_black_picture_is_not(cases):
+    assert copying(np.stack([case.scene for case in cases]), cases) == {"L2": 0.0, "PSNR": pytest.approx(106, abs=1)}
+    truth, black = np.stack([case.alone for case in cases]), np.zeros((24, 64, 64, 3), np.uint8)
+    assert cutting_out(truth, cases)["IoU"] > 0.9 and cutting_out(truth, cases)["colour error"] == 0
+    assert cutting_out(black, cases)["IoU"] == 0 and cutting_out(black, cases)["colour error"] > 0.2
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_bench_runs_and_repeats_itself(trained, tmp_path, monkeypatch, capsys, sweep):
+    figures = []
+    monkeypatch.setattr(bench_quality, "SCALES", (1.0, 3.0))
+    for i in range(2):
+        monkeypatch.setattr(sys, "argv", ["bench_quality.py", "--ckpt", str(trained / "stage2.pt"), "--data", "shapes", "--n", "4",
+                                          "-o", str(tmp_path / "sheet.png"), "--json", str(tmp_path / "figures.json")]
+                            + ["--sweep"] * sweep)
+        bench_quality.main()
+        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+    assert figures[0] == figures[1] and (tmp_path / "sheet.png").stat().st_size > 1000
+    assert len(figures[0]) == (4 if sweep else 8) and "| CP | PF |" in capsys.readouterr().out
