@@ -4,6 +4,8 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from conftest import TOY, script
 
 import bench_quality
 import data
@@ -54,3 +56,13 @@ def test_bench_runs_and_repeats_itself(trained, tmp_path, monkeypatch, capsys, s
         figures.append(json.loads((tmp_path / "figures.json").read_text()))
     assert figures[0] == figures[1] and (tmp_path / "sheet.png").stat().st_size > 1000
     assert len(figures[0]) == (4 if sweep else 8) and "| CP | PF |" in capsys.readouterr().out
+
+
+def test_an_ablation_row_is_one_command(trained, tmp_path):
+    for row, ckpt in (("without stage 1", "stage1.pt"), ("without recovery", "stage2.pt")):
+        done = script("tests/bench_ablation.py", "--row", row, "--tokenizer", trained / "tokenizer.pt", "--steps", 2, 1, "--n", 2,
+                      "--out", tmp_path, *TOY[:4])
+        assert done.returncode == 0, done.stderr
+        mix = torch.load(tmp_path / row.replace(" ", "-") / ckpt, weights_only=True)["settings"]["mix"]
+        assert abs(sum(mix.values()) - 1) < 1e-9 and ("recovery" in mix) == (row == "without stage 1")
+    assert done.stdout.count("| without") == 2 and ".661" in done.stdout

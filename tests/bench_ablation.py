@@ -1,0 +1,99 @@
+"""The paper's ablation at our scale: what happens to CP and PF when one part of the training is left out? Run by hand:
+
+    python tests/bench_ablation.py --row "without recovery"     one row: trains both stages, 35 minutes on two cores, and measures
+    python tests/bench_ablation.py                              the six of them, then the table; what is finished is not done again
+
+All rows have the tokenizer (out/tokenizer.pt), the seed and the number of steps in common. Interrupted, the same command
+goes on. The rows that differ in stage 2 alone share one stage 1.
+"""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data
+from train import MIXES
+
+FIRST, SECOND = MIXES[1], MIXES[2]
+
+
+def without(task, mix):
+    return {name: share for name, share in mix.items() if name != task}
+
+
+ROWS = {  # name: (mix of stage 1, mix of stage 2, the paper's CP, PF, CP.PF)
+    "without stage 1": (None, SECOND, .179, .673, .120),  # as many steps in all, every one with the mix of stage 2
+    "without segmentation in stage 1": (without("segmentation", FIRST), SECOND, .252, .479, .121),
+    "without recovery": (FIRST, without("recovery", SECOND), .661, .284, .188),
+    "without subject-driven": (FIRST, without("subject-driven", SECOND), .407, .910, .370),
+    "without segmentation in stage 2": (FIRST, without("segmentation", SECOND), .412, .918, .378),
+    "all": (FIRST, SECOND, .555, .839, .466),
+}
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def train_row(name, args):
+    """Trains and measures one row; its figures are in the row's folder, in quality.json."""
+    first, second, *_ = ROWS[name]
+    folder = Path(args.out).absolute() / name.replace(" ", "-")
+    before = folder.parent / "stage1" if first is FIRST else folder
+    for place in (before, folder):
+        place.mkdir(parents=True, exist_ok=True)
+        if not (place / "tokenizer.pt").exists():
+            shutil.copy(args.tokenizer, place)
+    common = ["--preset", args.preset, "--seed", args.seed] + (["--data", args.data] if args.data else [])
+
+    def stage(number, mix, steps, where):
+        shares = ",".join(f"{task}={share}" for task, share in mix.items())
+        run("train.py", "--stage", number, "--mix", shares, "--steps", steps, "--out", where, *common)
+
+    if first is None:
+        stage(1, second, sum(args.steps), folder)
+    else:
+        stage(1, first, args.steps[0], before)
+        if before != folder and not (folder / "stage1.pt").exists():
+            os.link(before / "stage1.pt", folder / "stage1.pt")
+        stage(2, second, args.steps[1], folder)
+    run("tests/bench_quality.py", "--ckpt", folder / ("stage1.pt" if first is None else "stage2.pt"), "--n", args.n, "--seed", args.seed,
+        "--json", folder / "quality.json", "-o", folder / "quality.png", *(["--data", args.data] if args.data else []))
+
+
+def main():
+    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", choices=ROWS, help="one row (default: all that are not finished)")
+    parser.add_argument("--tokenizer", default="out/tokenizer.pt", help="which all rows share (default: out/tokenizer.pt)")
+    parser.add_argument("--steps", type=data.whole(1), nargs=2, default=(750, 1100), help="of stage 1 and stage 2 (default: 750 1100)")
+    parser.add_argument("--preset", default="cpu")
+    parser.add_argument("--data", help="as train.py takes it")
+    parser.add_argument("--seed", type=data.whole(0), default=0)
+    parser.add_argument("--n", type=data.whole(2), default=200, help="pictures to measure (default: 200)")
+    parser.add_argument("--out", default="out/ablation", help="a folder a row in it (default: out/ablation)")
+    args = parser.parse_args()
+    if not os.path.exists(args.tokenizer):
+        raise data.BadInput(f"--tokenizer {args.tokenizer}: no such file (python train.py --stage 0 makes one)")
+    table = {}
+    for name in ROWS:
+        result = Path(args.out) / name.replace(" ", "-") / "quality.json"
+        if not result.exists() and args.row in (None, name):
+            train_row(name, args)
+        if result.exists():
+            table[name] = json.loads(result.read_text())["subject-driven"]
+    print("| | CP | PF | CP.PF | paper: CP | PF | CP.PF |\n|---|---|---|---|---|---|---|")
+    for name, row in table.items():
+        figures = [row["CP"], row["PF"], row["CP.PF"], *ROWS[name][2:]]
+        print(f"| {name} |", " | ".join(f"{value:.3f}" for value in figures), "|")
+
+
+if __name__ == "__main__":
+    data.run(main)
