@@ -2,19 +2,17 @@
 
 Whoever has cut-outs (an image with alpha, and a label) can make every task of the paper from them:
 
-    Subject (a cut-out, a label) + Background (a picture, its words) + Placement -> Scene (image, cut-out on black, caption)
+    Subject (a cut-out, a label) + background (a picture, its words) + Placement -> scene, the cut-out on black, caption
 
-    python data.py                              a labelled sheet of every task, as the model sees it
-    python data.py --data my_folder             the same from your own cut-outs
-    python data.py --subject dog -o dog.png     one subject on a background, to use as sample.py --ref
+    python data.py          a labelled sheet of every task's samples; --data and --backgrounds as train.py takes them
 """
-import argparse
 import functools
 import json
 import os
 import re
 import sys
 import unicodedata
+import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -22,30 +20,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 megapixels are no picture
+say_once = functools.cache(lambda text: print(text, file=sys.stderr))
+
 
 class BadInput(Exception):
     """What the user can mend: ends a script with one line and exit code 2. Any other exception is a bug of ours."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(f"{message} (--help lists everything)")
-
-
-def whole(least):
-    def number(text):  # an argparse type
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
-        return int(text)
-    return number
-
-
-def run(main):
-    try:
-        main()
-    except (BadInput, OSError) as error:  # (a worker process wraps its error into a traceback: the last line counts)
-        print(f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,7 +33,7 @@ def run(main):
 
 
 class Subject(NamedTuple):
-    name: str                 # files of one name show the same subject; its hash decides whether it is held out
+    name: str                 # pictures of one name show the same subject; its hash decides whether it is held out
     label: str                # what the prompts call it
     source: str               # "emoji", "shapes" or "file": how `cutout` reads it
     path: str                 # the character, the shape's recipe, or the image file
@@ -63,16 +43,14 @@ class Subject(NamedTuple):
 
 
 EMOJI_FONTS = {  # file: the one pixel size that its bitmaps have (Debian, Arch, Fedora, macOS, Windows)
-    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf": 109,
-    "/usr/share/fonts/noto/NotoColorEmoji.ttf": 109,
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf": 109, "/usr/share/fonts/noto/NotoColorEmoji.ttf": 109,
     "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf": 109,
-    "/System/Library/Fonts/Apple Color Emoji.ttc": 160,
-    "C:/Windows/Fonts/seguiemj.ttf": 128,
-}
+    "/System/Library/Fonts/Apple Color Emoji.ttc": 160, "C:/Windows/Fonts/seguiemj.ttf": 128}
 NO_EMOJI = "no colour emoji font found (apt-get install fonts-noto-color-emoji brings one)"
 # Signs rather than things: letters in boxes, arrows, clock faces, skin tones, flags of letters.
 NOT_A_THING = re.compile(r"REGIONAL|FITZPATRICK|COMPONENT|SQUARED|CIRCLED|IDEOGRAPH|ARROW|KEYCAP|CLOCK FACE|TRIANGLE|SIGN\b"
                          r"|SYMBOL|MARK\b|SQUARE$|CIRCLE$|DIAMOND|INPUT|BUTTON|HEAVY|CURLY|DIGIT|NUMBER|LARGE|VARIATION")
+IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 MAX_LABEL = 24  # bytes; longer names ("face with open mouth and cold sweat") would fill the block
 
 
@@ -92,12 +70,10 @@ def emoji_subjects():
     """Every drawn thing of the machine's colour emoji font, labelled with its Unicode name. Raises BadInput without one."""
     if emoji_font() is None:
         raise BadInput(f"--data emoji: {NO_EMOJI}")
-    subjects = []
-    for code in [*range(0x2300, 0x2C00), *range(0x1F300, 0x1FB00)]:
-        name = unicodedata.name(chr(code), "")
-        if name and len(name) <= MAX_LABEL and not NOT_A_THING.search(name) and draw_emoji(chr(code)).getbbox():
-            subjects.append(Subject("emoji/" + name.lower(), name.lower(), "emoji", chr(code)))
-    return subjects
+    for char in map(chr, [*range(0x2300, 0x2C00), *range(0x1F300, 0x1FB00)]):
+        name = unicodedata.name(char, "").lower()
+        if name and len(name) <= MAX_LABEL and not NOT_A_THING.search(name.upper()) and draw_emoji(char).getbbox():
+            yield Subject("emoji/" + name, name, "emoji", char)
 
 
 SHAPES = {"circle": 0, "triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6, "star": -5, "sun": -8, "cross": -4}
@@ -122,9 +98,6 @@ def draw_shape(recipe):
     return image
 
 
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-
-
 def clean_label(text, limit=MAX_LABEL):
     """The first line of a caption as a label: no article, no full stop, at most `limit` bytes, cut between words."""
     label = re.sub(r"^(an?|the)\s+", "", text.strip().split("\n")[0].strip().rstrip("."), flags=re.I)
@@ -133,51 +106,107 @@ def clean_label(text, limit=MAX_LABEL):
     return label.lower()
 
 
-def folder_subjects(folder):
-    """A user's own images, by metadata.jsonl, sidecar name.txt or class folders. Raises BadInput if none is usable."""
-    root, subjects, skipped = Path(folder), [], []
+def folder_subjects(folder, skipped):
+    """A user's own images, by metadata.jsonl, sidecar name.txt or class folders; adds to `skipped` what is unusable, and why."""
+    root = Path(folder)
     if not root.is_dir():
         raise BadInput(f"--data {folder}: no such folder (give emoji, shapes or a folder of images)")
     if (root / "metadata.jsonl").is_file():
-        records = [line for line in (root / "metadata.jsonl").read_text(errors="replace").splitlines() if line.strip()]
-    else:
-        records = [json.dumps({"file_name": str(p.relative_to(root))}) for p in sorted(root.rglob("*"))
-                   if p.suffix.lower() in IMAGE_ENDINGS]
-    for line in records:
+        records = filter(str.strip, open(root / "metadata.jsonl", encoding="utf-8-sig", errors="replace"))
+    else:  # (os.walk does not follow links to folders, which may lead in circles)
+        records = (json.dumps({"file_name": os.path.relpath(os.path.join(place, file), root)}) for place, _, files in
+                   sorted(os.walk(root)) for file in sorted(files) if os.path.splitext(file)[1].lower() in IMAGE_ENDINGS)
+    for record in records:
         try:
-            record = json.loads(line)
-            path = root / record["file_name"]
-            sidecar = path.with_suffix(".txt")
-            text = str(record.get("text") or (sidecar.read_text(errors="replace") if sidecar.is_file() else ""))
+            said = json.loads(record)
+            path, mask = root / said["file_name"], root / (said.get("mask") or said["file_name"])
+            if any(os.path.relpath(file, root).startswith("..") for file in (path, mask)):
+                raise ValueError("leads out of the folder")
+            twin = path.with_name(path.name.replace("_mirror", ""))  # owl_mirror.png beside owl.png is a view of the same owl
+            first = twin if twin != path and twin.is_file() else path
+            sidecar = first.with_suffix(".txt")
+            text = str(said.get("text") or (sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""))
+            label = clean_label(str(said.get("label") or text)) or clean_label(first.stem if path.parent == root else path.parent.name)
+            same = first.relative_to(root).as_posix() if said.get("subject_id") is None else f"subject_id {said['subject_id']}"
+            subject = Subject(f"{root.resolve().name}/{same}", label, "file", str(path), str(mask) * (mask != path), True, clean_label(text, 80) or label)
+            json.dumps(subject, ensure_ascii=False).encode()  # names that are not Unicode cannot be kept
             with Image.open(path) as image:  # reads the header only; pixels are decoded where they are used
                 alpha = "A" in image.getbands() or "transparency" in image.info
-        except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
-            skipped.append(f"{line[:80]} ({error})")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, Warning, Image.DecompressionBombError) as error:
+            skipped.append(f"{record.strip()[:80]} ({type(error).__name__}: {error})")
             continue
-        name = f"{root.name}/{record.get('subject_id', record['file_name'])}"
-        label = clean_label(str(record.get("label") or text)) or clean_label(path.stem if path.parent == root else path.parent.name)
-        mask = str(root / str(record["mask"])) if record.get("mask") else ""
-        subjects.append(Subject(name, label, "file", str(path), mask, alpha or bool(mask), clean_label(text, 80) or label))
-    if skipped:
-        print(f"{folder}: skipped {len(skipped)} of {len(records)} images: {'; '.join(skipped[:3])}", file=sys.stderr)
-    if not subjects:
-        raise BadInput(f"--data {folder}: not one usable image in it (looked for {', '.join(sorted(IMAGE_ENDINGS))})")
-    return subjects
-
-
-def load_subjects(data=None):
-    """`emoji`, `shapes`, a folder, or several with commas between -> list of Subject. None: emoji, else shapes, aloud."""
-    if data is None and emoji_font() is None:
-        print(f"{NO_EMOJI}: using --data shapes", file=sys.stderr)
-        data = "shapes"
-    sources = {"emoji": emoji_subjects, "shapes": shape_subjects}
-    return [subject for source in (data or "emoji").split(",")
-            for subject in (sources[source]() if source in sources else folder_subjects(source))]
+        yield subject._replace(has_cutout=alpha or subject.mask != "")
 
 
 def is_held_out(subject):
     """One subject in ten, by a hash of its name, is never trained on."""
     return zlib.crc32(subject.name.encode()) % 10 == 0
+
+
+FIELDS = np.dtype([("name", "i4"), ("start", "i8"), ("end", "i8"), ("held_out", "?"), ("has_cutout", "?")])
+
+
+class Subjects:
+    """All subjects of a run, a sequence of Subject. Kept as lines of text in one array, and a few numbers each (FIELDS), pictures
+    of one name side by side: a million of them are a few big arrays, which forked workers share, and not ten million objects."""
+
+    def __init__(self, lines, table, said):
+        self.lines, self.table, self.said = lines, table, str(said)
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, i):
+        return Subject(*json.loads(self.lines[self.table["start"][i]:self.table["end"][i]].tobytes()))
+
+    def views(self, i):
+        """Indices of all pictures that show the subject of picture i."""
+        name = self.table["name"]
+        return range(*np.searchsorted(name, [name[i], name[i] + 1]))
+
+
+def scan(sources):
+    """-> dict(lines, table, said: what there is, in words)"""
+    names, labels, rows, skipped, lines = {}, set(), [], [], bytearray()
+    for source in sources:
+        found = {"emoji": emoji_subjects, "shapes": shape_subjects}.get(source, lambda: folder_subjects(source, skipped))()
+        before = len(rows)
+        for subject in found:
+            start, number = len(lines), names.setdefault(subject.name, len(names))
+            lines += json.dumps(subject).encode()
+            rows.append((number, start, len(lines), is_held_out(subject), subject.has_cutout))
+            labels.add(subject.label)
+        if len(rows) == before:
+            raise BadInput(f"--data {source}: not one usable image in it (looked for {', '.join(sorted(IMAGE_ENDINGS))}) {''.join(skipped[:1])}")
+    table = np.array(rows, FIELDS)
+    table = table[table["name"].argsort(kind="stable")]
+    views = np.bincount(table["name"])
+    said = (f"{len(table)} images, {table['has_cutout'].sum()} of them cut-outs; {len(names)} subjects, {len(labels)} labels,"
+            f" {(views * (views - 1)).sum()} pairs of views, for {'all tasks' if table['has_cutout'].any() else 'text-to-image and reconstruction'};"
+            f" skipped {len(skipped)} files" + "".join(f"\n  {why}" for why in skipped[:3]))
+    return {"lines": np.frombuffer(lines, np.uint8), "table": table, "said": said}
+
+
+def load_subjects(data=None, index=None):
+    """`emoji`, `shapes`, a folder, or several with commas between -> Subjects. None: emoji, else shapes, aloud.
+    index: a file that keeps what was found, until a folder changes: opening a million images takes minutes."""
+    if data is None and emoji_font() is None:
+        print(f"{NO_EMOJI}: using --data shapes", file=sys.stderr)
+        data = "shapes"
+    sources = (data or "emoji").split(",")
+    if len({os.path.basename(os.path.abspath(source)) for source in sources}) < len(sources):
+        raise BadInput(f"--data {data}: two sources of one name, whose subjects could be confused: rename one folder")
+    if index is None:
+        return Subjects(**scan(sources))
+    places = [place for source in sources for folder, _, _ in os.walk(source) for place in (folder, f"{folder}/metadata.jsonl")]
+    stamp = str((sources, [(place, os.stat(place).st_mtime_ns) for place in places if os.path.exists(place)]))
+    kept = np.load(index) if os.path.exists(index) else {"stamp": None}
+    if kept["stamp"] != stamp:
+        from sample import whole_file  # here, because sample.py imports this file
+        kept = scan(sources)
+        with whole_file(index) as temporary, open(temporary, "wb") as file:
+            np.savez(file, stamp=stamp, **kept)
+    return Subjects(kept["lines"], kept["table"], kept["said"])
 
 
 def read_image(path):
@@ -187,7 +216,7 @@ def read_image(path):
             if image.mode.startswith("I"):  # 16 bits a channel, which convert() would clip
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             return ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: not a readable image ({error})") from error
 
 
@@ -198,27 +227,25 @@ def open_square(path, size):
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 
-MIDDLE = [0] * 128 + [255] * 128  # masks are cut at their middle, never at > 0: no halo of the old background
-
-
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1200)  # more than there are emoji; a file's takes 256 kB
 def cutout(subject):
     """The subject's pixels, cropped to its mask -> RGBA image, at most 256 px. Raises BadInput on a broken file."""
+    middle = [0] * 128 + [255] * 128  # masks are cut at their middle, never at > 0: no halo of the old background
     image = {"emoji": draw_emoji, "shapes": draw_shape, "file": read_image}[subject.source](subject.path)
     if subject.mask:
-        image.putalpha(read_image(subject.mask).convert("L").resize(image.size, Image.Resampling.NEAREST).point(MIDDLE))
-    box = image.getchannel("A").point(MIDDLE).getbbox()
-    if box is None:
-        raise BadInput(f"{subject.path}: its mask is empty")
-    image = image.crop(box)
+        image.putalpha(read_image(subject.mask).convert("L").resize(image.size, Image.Resampling.NEAREST).point(middle))
+    alpha = image.getchannel("A").point(middle)
+    if len(alpha.getcolors()) < 2:
+        raise BadInput(f"{subject.path}: its mask {'is empty' if alpha.getbbox() is None else 'hides nothing: this is no cut-out'}")
+    image = image.crop(alpha.getbbox())
     image.thumbnail((256, 256))
     return image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backgrounds: drawn by code, so that their words are exactly true
+# Scenes: a subject somewhere on a background
 
-BACKGROUNDS = {  # words: (top of the sky, its lower edge, top of the ground, its lower edge)
+BACKGROUNDS = {  # drawn by code, so that their words are exactly true: (top of the sky, its lower edge, top of the ground, its lower edge)
     "on the grass": ((90, 170, 240), (205, 232, 250), (125, 195, 80), (60, 140, 50)),
     "on the beach": ((110, 190, 245), (210, 235, 250), (240, 220, 160), (225, 195, 130)),
     "in the snow": ((150, 185, 220), (225, 235, 245), (250, 250, 255), (210, 222, 240)),
@@ -230,8 +257,7 @@ BACKGROUNDS = {  # words: (top of the sky, its lower edge, top of the ground, it
     "at sunset": ((95, 55, 125), (250, 150, 80), (120, 60, 80), (55, 30, 60)),
     "on the road": ((140, 195, 240), (220, 235, 245), (105, 105, 110), (75, 75, 80)),
     "in a room": ((238, 218, 190), (228, 205, 172), (165, 110, 68), (120, 75, 45)),
-    **{f"on {'an' if name == 'orange' else 'a'} {name} background": (rgb,) * 4 for name, rgb in COLOURS.items()},
-}
+    **{f"on {'an' if name == 'orange' else 'a'} {name} background": (rgb,) * 4 for name, rgb in COLOURS.items()}}
 
 
 def draw_background(words, size, rng):
@@ -246,7 +272,6 @@ def draw_background(words, size, rng):
 
     def disc(cx, cy, r):
         return "ellipse", (cx - r, cy - r, cx + r, cy + r)
-
     towers = [(i * 11 - x / 5, h - 6 * (2 + int(cy) % 3)) for i, (_, cy) in enumerate(dots[:7])]
     details = {
         "on the grass": [(*disc(x + dx, 10, r), (250, 250, 252)) for dx, r in ((-5, 3), (0, 4.5), (5, 3.5))],
@@ -260,16 +285,12 @@ def draw_background(words, size, rng):
         "in space": [(*disc(cx, cy, 0.8), (255, 255, 230)) for cx, cy in dots],
         "at sunset": [(*disc(x, 14, 6), (255, 240, 190))],
         "on the road": [("rectangle", (0, h, 64, h + 3), (120, 160, 90)), ("rectangle", (0, 57, 64, 59), (240, 240, 225))],
-        "in a room": [("rectangle", (x - 7, 6, x + 7, 18), (110, 70, 40)), ("rectangle", (x - 5, 8, x + 5, 16), (250, 250, 245))],
-    }
+        "in a room": [("rectangle", (x - 7, 6, x + 7, 18), (110, 70, 40)), ("rectangle", (x - 5, 8, x + 5, 16), (250, 250, 245))]}
     draw = ImageDraw.Draw(image)
     for kind, corners, colour in details.get(words, []):
         getattr(draw, kind)([c * big / 64 for c in corners], fill=colour)
     return image.resize((size, size), Image.Resampling.BOX)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scenes
 
 SIZES = {"": 0.75, "small": 0.5}                 # word: side of the subject's box, as a share of the canvas
 PLACES = {"on the left": 0.0, "": 0.5, "on the right": 1.0}
@@ -308,10 +329,8 @@ def compose(sprite, background, placement):
     """Pastes an RGBA sprite into its box (standing at the bottom centre) -> (scene, the sprite alone on black)."""
     canvas = background.width
     side = placement.side * canvas
-    scale = side / max(sprite.size)
-    w, h = (max(1, round(n * scale)) for n in sprite.size)
-    x = round(placement.x * (canvas - side) + (side - w) / 2)
-    y = round(placement.y * (canvas - side) + side - h)
+    w, h = (max(1, round(n * side / max(sprite.size))) for n in sprite.size)
+    x, y = round(placement.x * (canvas - side) + (side - w) / 2), round(placement.y * (canvas - side) + side - h)
     layer = Image.new("RGBA", background.size)
     layer.paste(sprite.resize((w, h), Image.Resampling.BICUBIC), (x, y))
     alone = Image.alpha_composite(Image.new("RGBA", background.size, (0, 0, 0, 255)), layer).convert("RGB")
@@ -357,17 +376,15 @@ class Tasks:
     holds the held-out subjects alone.
     """
 
-    def __init__(self, subjects, mix, size, seed, train=True):
-        self.subjects = [s for s in subjects if is_held_out(s) != train]
-        if not self.subjects:
-            print("too few subjects to hold one in ten out: held-out figures are of training subjects", file=sys.stderr)
-            self.subjects = subjects
-        self.cutouts = [s for s in self.subjects if s.has_cutout] or [s for s in subjects if s.has_cutout]
-        self.mix, self.size, self.seed, self.train = mix, size, seed, train
-        self.views = {}  # name -> every picture of that subject
-        for s in self.cutouts:
-            self.views.setdefault(s.name, []).append(s)
-        if not self.cutouts and any(mix.get(task) for task in TASKS[2:]):
+    def __init__(self, subjects, mix, size, seed, train=True, backgrounds=()):
+        self.subjects, self.mix, self.size, self.seed, self.train = subjects, mix, size, seed, train
+        wanted, has_cutout = subjects.table["held_out"] != train, subjects.table["has_cutout"]
+        if not (wanted & (has_cutout | ~has_cutout.any())).any():
+            say_once("too few subjects to hold one in ten out: held-out figures are of training subjects")
+            wanted = wanted | True
+        self.photographs, self.plain = (backgrounds, range(len(backgrounds))), (subjects, np.flatnonzero(wanted & ~has_cutout))
+        self.all, self.cutouts = np.flatnonzero(wanted), np.flatnonzero(wanted & has_cutout)  # indices
+        if not len(self.cutouts) and any(mix.get(task) for task in TASKS[2:]):
             raise BadInput("none of these images has alpha or a mask: train with --mix text-to-image=.8,reconstruction=.2")
 
     def __getitem__(self, index):
@@ -376,20 +393,31 @@ class Tasks:
         for _ in range(100):
             try:
                 sample = self.make(task, rng)
-            except BadInput:  # a broken file: another subject takes its place
+            except BadInput as error:  # a broken file: another subject takes its place
+                say_once(f"skipped: {error}")
                 continue
             hide = str(rng.choice(["all", "images", "text", ""], p=[0.1, 0.05, 0.05, 0.8]))
             return sample | {"task": task, "hide": hide}
         raise BadInput("a hundred images in a row could not be read")
 
+    def background(self, rng, words, *pools):
+        """Drawn by code in these words, or half the time a picture of a pool (pictures, indices) -> (RGB image, its words)"""
+        for pictures, indices in pools:
+            if len(indices) and rng.uniform() < 0.5:
+                picture = pictures[indices[rng.integers(len(indices))]]
+                return open_square(picture.path, self.size), clean_label(picture.caption, MAX_LABEL)
+        return draw_background(words, self.size, rng), words
+
     def make(self, task, rng):
-        pool = self.subjects if task in ("text-to-image", "reconstruction") else self.cutouts
-        subject = pool[rng.integers(len(pool))]
+        pool = self.all if task in ("text-to-image", "reconstruction") else self.cutouts
+        index = pool[rng.integers(len(pool))]
+        subject = self.subjects[index]
         if not subject.has_cutout:
             picture = np.asarray(open_square(subject.path, self.size))
-            return {"label": subject.label, "caption": subject.caption, "target": picture,
-                    "refs": [picture] * (task == "reconstruction")}
-        sprite, views = cutout(subject), [s for s in self.views[subject.name] if s is not subject]
+            refs = [picture] * (task == "reconstruction")
+            return {"label": subject.label, "caption": subject.caption, "refs": refs, "target": picture}
+        sprite, has_cutout = cutout(subject), self.subjects.table["has_cutout"]
+        views = [i for i in self.subjects.views(index) if i != index and has_cutout[i]]
         if self.train and task != "text-to-image" and not views:
             sprite = recolour(sprite, rng)
         here, elsewhere = rng.choice(list(BACKGROUNDS), 2, replace=False)
@@ -397,54 +425,26 @@ class Tasks:
         placement = named_placement(size, place)
         if task in ("reconstruction", "segmentation") and rng.uniform() < 0.7:
             placement, size, place = free_placement(rng), None, None
-        image, alone = compose(sprite, draw_background(here, self.size, rng), placement)
+        background, here = self.background(rng, here, self.photographs)
+        image, alone = compose(sprite, background, placement)
         caption = write_caption(rng, subject.label, here, size, place)
         if task == "reconstruction" and rng.uniform() < 0.1:
             caption = ""
         reference = image
-        if task == "recovery":
-            damaged = Placement(rng.uniform(0.4, 1.0), rng.uniform(), rng.uniform())
-            reference, _ = compose(distort(sprite, rng), draw_background(elsewhere, self.size, rng), damaged)
-        elif task == "subject-driven":
-            if views:  # other pictures of the same subject
-                sprite = cutout(views[rng.integers(len(views))])
-            where = AS_GIVEN if rng.uniform() < 0.7 else free_placement(rng)
-            reference, _ = compose(sprite, draw_background(elsewhere, self.size, rng), where)
+        if task in ("recovery", "subject-driven"):
+            if task == "recovery":
+                where = Placement(rng.uniform(0.4, 1.0), rng.uniform(), rng.uniform())
+                sprite = distort(sprite, rng)
+            else:
+                if views:  # another picture of the same subject
+                    sprite = cutout(self.subjects[views[rng.integers(len(views))]])
+                where = AS_GIVEN if rng.uniform() < 0.7 else free_placement(rng)
+            background, _ = self.background(rng, elsewhere, self.photographs, self.plain)  # unnamed: any picture will do
+            reference, _ = compose(sprite, background, where)
         return {"label": subject.label, "caption": caption, "refs": [np.asarray(reference)] * (task != "text-to-image"),
                 "target": np.asarray(alone if task == "segmentation" else image)}
 
 
-def main():
-    from sample import fill_prompt, save_sheet, whole_file  # here, because sample.py imports this file
-
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="emoji, shapes or a folder of images; several with commas between (default: emoji)")
-    parser.add_argument("--seed", type=whole(0), default=0)
-    parser.add_argument("--subject", metavar="LABEL", help="write this subject on a background, instead of a sheet")
-    parser.add_argument("-o", "--output", default="data.png", help="the PNG to write (default: data.png)")
-    args = parser.parse_args()
-    subjects = load_subjects(args.data)
-    if args.subject:
-        found = [s for s in subjects if args.subject.lower() in s.label and s.has_cutout]
-        if not found:
-            some = ", ".join(s.label for s in subjects[::len(subjects) // 12 + 1])
-            raise BadInput(f"--subject {args.subject}: no such label; some that there are: {some}")
-        subject, rng = min(found, key=lambda s: len(s.label)), np.random.default_rng(args.seed)
-        words = list(BACKGROUNDS)[rng.integers(11)]  # a place, not a plain colour
-        picture, _ = compose(cutout(subject), draw_background(words, 256, rng), AS_GIVEN)
-        with whole_file(args.output) as temporary:
-            picture.save(temporary, "PNG")
-        print(f"wrote {args.output}: {subject.label}, {words} ({'held out' if is_held_out(subject) else 'trained on'})")
-        return
-    samples = {task: [Tasks(subjects, {task: 1.0}, 64, args.seed)[i] for i in range(6)]
-               for task in TASKS[:5 if any(s.has_cutout for s in subjects) else 2]}
-    save_sheet([(f"{task}: {'reference, ' if row[0]['refs'] else ''}target",
-                 [("<image>".join(fill_prompt(task, s["label"], s["caption"])), [*s["refs"], s["target"]]) for s in row])
-                for task, row in samples.items()], args.output)
-    print(f"wrote {args.output}: {len(subjects)} subjects, {sum(map(is_held_out, subjects))} of them held out")
-
-
 if __name__ == "__main__":
-    import data  # not as __main__: else BadInput would be two classes
-
-    data.run(data.main)
+    import sample  # which draws sheets, and imports this file
+    sample.run(sample.show_data)

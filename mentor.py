@@ -1,7 +1,7 @@
 """MENTOR in one file: an autoregressive transformer that draws an image from an interleaved prefix of text and images.
 
-    <bos> T h e _ d o g _ i n _ <boi> c1 ... cN <eoi> . _ a _ d o g ... <boi> | t1 t2 ... tN
-    \\______ text as UTF-8 bytes, reference images as VQ codes, in the order of the prompt ___/ \\__ the picture __/
+    <bos> T h e _ d o g _ i n _ <boi> c1 ... cN <eoi> . \\n a _ d o g ... <boi> | t1 t2 ... tN
+    \\______ text as UTF-8 bytes, reference images as VQ codes, in the order of the prompt ____/ \\__ the picture __/
 
 One vocabulary, one causal transformer, one loss: cross-entropy on the picture's codes (paper: arXiv 2507.09574, section 3).
 Read on in the order in which data flows: Config, the sequence, attention, block, model, generate.
@@ -303,15 +303,14 @@ def guidance_branches(pieces, references, cfg_image, cfg_text):
 
 
 @torch.no_grad()
-def generate(model, prompts, n=1, seed=0, temperature=1.0, top_k=0, cfg_image=1.0, cfg_text=1.0, decode=None):
+def generate(model, prompts, n=1, seed=0, temperature=1.0, top_k=0, cfg_image=1.0, cfg_text=1.0):
     """Draws n pictures of each prompt.
 
     prompts: list of (pieces, references), as build_sequence takes them. All guidance branches run as one batch, and the
     n pictures of a prompt share its prefill. Row i of the result uses the noise of seed + i, whatever is drawn beside it.
-    decode: a compiled model.decode. -> codes (len(prompts) * n, N)
+    -> codes (len(prompts) * n, N)
     """
     config, device = model.config, model.embedding.weight.device
-    decode = decode or model.decode
     rows = [guidance_branches(*prompt, cfg_image, cfg_text) for prompt in prompts]
     weights = torch.tensor([w for w, _, _ in rows[0]], device=device)  # the same for every prompt
     ids, positions, lengths = pad_sequences([build_sequence(config, p, r) for row in rows for _, p, r in row])
@@ -344,7 +343,7 @@ def generate(model, prompts, n=1, seed=0, temperature=1.0, top_k=0, cfg_image=1.
     codes = []
     for i in range(config.n_codes):
         if i > 0:
-            x = decode(to_branches(codes[-1]), torch.cat((order[:, None], patches[i].expand(len(order), 2)), 1), lengths + i - 1, cache)
+            x = model.decode(to_branches(codes[-1]), torch.cat((order[:, None], patches[i].expand(len(order), 2)), 1), lengths + i - 1, cache)
         coarse = choose(model.coarse_logits(x), noise[:, i, 0])
         fine = choose(model.fine_logits(x, to_branches(coarse)), noise[:, i, 1])
         codes.append(coarse * config.codebook_size + fine)
@@ -353,6 +352,9 @@ def generate(model, prompts, n=1, seed=0, temperature=1.0, top_k=0, cfg_image=1.
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
+
+
+VERSION = 2  # of the files: raised whenever older ones no longer fit
 
 
 def load_checkpoint(path):
@@ -366,6 +368,8 @@ def load_checkpoint(path):
     except Exception as error:  # a damaged file can fail anywhere inside torch.load
         reason = str(error).strip().split("\n")[0][:100]
         raise ValueError(f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}: {reason})") from error
+    if checkpoint.get("version") != VERSION:
+        raise ValueError(f"{path}: written by another version of this program ({checkpoint.get('version')}, here {VERSION}): train it anew")
     return checkpoint
 
 

@@ -2,7 +2,7 @@
 
     python sample.py --ref dog.png --label dog --prompt "a dog on the beach"     this dog, in a new scene
     python sample.py --ref dog.png --label dog                                   the dog, cut out, on black
-    python sample.py --ref dog.png                                               the picture itself, redrawn
+    python sample.py --ref dog.png                                               the picture itself, redrawn (--prompt may describe it)
     python sample.py --prompt "a dog on the beach"                               text alone
     python sample.py --prompt "a small cat in space" -n 8 -o cats.png            eight pictures, as one grid
 """
@@ -10,8 +10,10 @@ import argparse
 import contextlib
 import math
 import os
+import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,24 +24,59 @@ from data import BadInput
 from mentor import GUIDANCE, Config, Mentor, fill_prompt, generate, load_checkpoint
 from tokenizer import Tokenizer, to_arrays, to_images
 
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists everything)")
+
+
+def add_data_flags(parser):
+    parser.add_argument("--data", help="emoji, shapes or a folder of images; several with commas between (default: emoji)")
+    parser.add_argument("--backgrounds", metavar="DIR", help="photographs to place subjects on, named by name.txt, file name or folder")
+
+
+def whole(least):
+    def number(text):  # an argparse type
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
+        return int(text)
+    return number
+
+
+def run(main):
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (BadInput, OSError) as error:  # (a worker process wraps its error into a traceback: the last line counts)
+        print(f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        sys.exit(2)
+
+
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "cpu.pt")
+
+
+def open_checkpoint(path):
+    """load_checkpoint for scripts: what is wrong with the file is for the user to mend."""
+    try:
+        return load_checkpoint(path)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
 
 
 def load_models(path, device):
     """A checkpoint -> (transformer, tokenizer), ready to draw. Raises BadInput."""
+    checkpoint = open_checkpoint(path)
+    if checkpoint["stage"] == 0:
+        raise BadInput(f"--ckpt {path} holds the tokenizer alone: give a stage1.pt or stage2.pt")
+    config = Config(**checkpoint["config"])
+    model = Mentor(config)
+    tokenizer = Tokenizer(config.downsample, config.codebook_size, config.code_dim, config.channels)
     try:
-        checkpoint = load_checkpoint(path)
-        if checkpoint["stage"] == 0:
-            raise ValueError(f"{path} holds the tokenizer alone: give a stage1.pt or stage2.pt")
-        config = Config(**checkpoint["config"])
-        model = Mentor(config)
-        tokenizer = Tokenizer(config.downsample, config.codebook_size, config.code_dim, config.channels)
         model.load_state_dict(checkpoint["model"])
         tokenizer.load_state_dict(checkpoint["tokenizer"])
     except RuntimeError:
         raise BadInput(f"--ckpt {path}: its weights do not fit its own configuration") from None
-    except ValueError as error:
-        raise BadInput(f"--ckpt {error}") from error
     return model.to(device).eval(), tokenizer.to(device).eval()
 
 
@@ -54,23 +91,18 @@ def which_task(ref, label, prompt):
 
 
 @torch.no_grad()
-def draw(model, tokenizer, task, ref=None, label="", prompt="", **how):
-    """-> uint8 (n, H, W, 3). ref: RGB image of the model's size. how: as mentor.generate takes it.
-    Raises BadInput where the text does not fit the block."""
-    device, references = model.embedding.weight.device, []
-    if ref is not None:
-        references = list(tokenizer.encode(to_images([np.asarray(ref)], device)).cpu())
-    try:
-        codes = generate(model, [(fill_prompt(task, label, prompt), references)], **how)
-    except ValueError as error:
-        raise BadInput(f"--prompt: {error}") from error
-    return to_arrays(tokenizer.decode(codes))
+def draw(model, tokenizer, prompts, **how):
+    """prompts: list of (pieces, references), the texts around the references and the references, uint8 (H, W, 3).
+    how: as mentor.generate takes it -> uint8 (len(prompts) * n, H, W, 3). Raises ValueError where a text does not fit the block."""
+    device = model.embedding.weight.device
+    encoded = [(pieces, tokenizer.encode(to_images(references, device)).cpu() if references else []) for pieces, references in prompts]
+    return to_arrays(tokenizer.decode(generate(model, encoded, **how)))
 
 
 @contextlib.contextmanager
 def whole_file(path):
     """Gives a temporary name to write to, then moves it to `path`: a file is there whole or not at all."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         yield temporary
@@ -102,16 +134,33 @@ def save_sheet(rows, path):
         sheet.save(temporary, "PNG")
 
 
+def show_data():
+    """python data.py"""
+    parser = Parser(description=data.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_flags(parser)
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("-o", "--output", default="data.png", help="the PNG to write (default: data.png)")
+    args = parser.parse_args()
+    subjects = data.load_subjects(args.data)
+    backgrounds = data.load_subjects(args.backgrounds) if args.backgrounds else ()
+    samples = {task: [data.Tasks(subjects, {task: 1.0}, 64, args.seed, True, backgrounds)[i] for i in range(6)]
+               for task in data.TASKS[:5 if subjects.table["has_cutout"].any() else 2]}
+    save_sheet([(f"{task}: {'reference, ' if row[0]['refs'] else ''}target",
+                 [("<image>".join(fill_prompt(task, s["label"], s["caption"])), [*s["refs"], s["target"]]) for s in row])
+                for task, row in samples.items()], args.output)
+    print(f"wrote {args.output}: {subjects.said}; {subjects.table['held_out'].sum()} images are held out")
+
+
 def main():
-    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ref", metavar="IMAGE", help="any image file; its centred square is used")
     parser.add_argument("--label", default="", help="what to look for in the reference")
     parser.add_argument("--prompt", default="", help="the picture to draw, in words")
-    parser.add_argument("-n", type=data.whole(1), default=1, help="how many pictures")
+    parser.add_argument("-n", type=whole(1), default=1, help="how many pictures")
     parser.add_argument("-o", "--output", default="sample.png", help="a .png, several pictures as a grid, or a folder, one PNG each (default: sample.png)")
-    parser.add_argument("--seed", type=data.whole(0), default=0, help="picture i is drawn with seed + i")
+    parser.add_argument("--seed", type=whole(0), default=0, help="picture i is drawn with seed + i")
     parser.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest code each time (default: 0.6)")
-    parser.add_argument("--top-k", type=data.whole(0), default=0, help="draw from the k likeliest codes (0: from all)")
+    parser.add_argument("--top-k", type=whole(0), default=0, help="draw from the k likeliest codes (0: from all)")
     parser.add_argument("--cfg", type=float, help="guidance, image and text alike (default: what suits the task)")
     parser.add_argument("--cfg-image", type=float, help="how closely to follow the reference (1: no guidance)")
     parser.add_argument("--cfg-text", type=float, help="how closely to follow the text (1: no guidance)")
@@ -119,6 +168,8 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda")[:1 + torch.cuda.is_available()],
                         default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if os.path.splitext(args.output)[1].lower() in data.IMAGE_ENDINGS - {".png"}:
+        raise BadInput(f"-o {args.output}: pictures are written as PNG: give a name that ends in .png, or a folder")
     task = which_task(args.ref, args.label, args.prompt)
     for name in ("temperature", "cfg", "cfg_image", "cfg_text"):
         value = getattr(args, name)
@@ -128,13 +179,16 @@ def main():
     if path is None:
         raise BadInput("no trained model: neither out/stage2.pt nor weights/cpu.pt is there (python train.py --stage 1, then 2)")
     model, tokenizer = load_models(path, torch.device(args.device))
-    ref = data.open_square(args.ref, model.config.image_size) if args.ref else None
+    references = [np.asarray(data.open_square(args.ref, model.config.image_size))] if args.ref else []
     image, text = (args.cfg if args.cfg is not None else preset for preset in GUIDANCE[task])
     started = time.time()
-    pictures = draw(model, tokenizer, task, ref, args.label, args.prompt, n=args.n, seed=args.seed,
-                    temperature=args.temperature, top_k=args.top_k,
-                    cfg_image=image if args.cfg_image is None else args.cfg_image,
-                    cfg_text=text if args.cfg_text is None else args.cfg_text)
+    try:
+        pictures = draw(model, tokenizer, [(fill_prompt(task, args.label, args.prompt), references)], n=args.n, seed=args.seed,
+                        temperature=args.temperature, top_k=args.top_k,
+                        cfg_image=image if args.cfg_image is None else args.cfg_image,
+                        cfg_text=text if args.cfg_text is None else args.cfg_text)
+    except ValueError as error:
+        raise BadInput(f"--prompt: {error}") from error
     seconds = (time.time() - started) / args.n
 
     paths = [os.path.join(args.output, f"{args.seed + i}.png") for i in range(args.n)]
@@ -151,4 +205,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

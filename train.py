@@ -7,7 +7,8 @@
     python train.py --export weights/mine.pt         the finished model, in half precision
 
 The same command again resumes where it stopped. In --out: tokenizer.pt, stage1.pt, stage2.pt (checkpoints), stage0.png,
-stage1.png, stage2.png (what it draws of held-out subjects), log.jsonl (a line per logged step).
+stage1.png, stage2.png (what it draws of held-out subjects), log.jsonl (a line per logged step; steps that a kill undid stand
+there twice), index.npz (what --data holds).
 """
 import argparse
 import dataclasses
@@ -18,6 +19,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,9 +29,8 @@ from tqdm import tqdm
 
 import data
 from data import BadInput
-from mentor import (CONFIGS, GUIDANCE, Mentor, build_sequence, fill_prompt, generate, hide_condition, load_checkpoint,
-                    pad_sequences)
-from sample import save_sheet, whole_file
+from mentor import (CONFIGS, GUIDANCE, VERSION, Mentor, build_sequence, fill_prompt, hide_condition, pad_sequences)
+from sample import Parser, add_data_flags, draw, open_checkpoint, run, save_sheet, whole, whole_file
 from tokenizer import Tokenizer, quality, to_arrays, to_images
 
 # Per stage 0, 1, 2: optimizer steps, samples a step (images, in stage 0), peak learning rate. micro_batch: how many
@@ -69,8 +70,10 @@ def parse_mix(text):
 
 
 def has_bf16(device):
-    """Whether the hardware multiplies bf16: CUDA does, and CPUs with avx512_bf16 (others emulate it slowly)."""
-    return device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    """Whether the hardware multiplies bf16: CUDA since Ampere, and CPUs with avx512_bf16 (others emulate it slowly)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def autocast(device):
@@ -126,8 +129,6 @@ def make_optimizers(model, bf16, fused):
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)]
     if hidden:  # match_rms_adamw: one learning rate serves both
         optimizers.append(torch.optim.Muon(hidden, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
-    grouped = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert len(grouped) == len({id(p) for p in grouped}) == len(named), "each parameter belongs in exactly one group"
     return optimizers
 
 
@@ -157,7 +158,7 @@ def accumulate(net, parts, device):
 def held_out_losses(model, tokenizer, datasets, n, device):
     """Cross-entropy per task in nats a code, and two gains: how much worse the model does with the next sample's
     reference, or text, in place of its own. A gain of 0 means that it does not look. They are taken on the subject-driven
-    task, in stage 1 on segmentation."""
+    task, in stage 1 on segmentation, and left out where a mix has neither."""
     losses, prefix_task = {}, "subject-driven" if "subject-driven" in datasets else "segmentation"
 
     def mean_loss(encoded):
@@ -186,10 +187,9 @@ def held_out_sheet(model, tokenizer, datasets, path, device, n=6):
     for task, dataset in datasets.items():
         samples = [dataset[i] for i in range(n)]
         cfg_image, cfg_text = GUIDANCE[task]
+        prompts = [(fill_prompt(task, s["label"], s["caption"]), s["refs"]) for s in samples]
         with autocast(device):
-            prompts = [(pieces, references) for pieces, references, _ in encode_samples(tokenizer, samples, device)]
-            codes = generate(model, prompts, cfg_image=cfg_image, cfg_text=cfg_text, temperature=0.6)
-            drawn = to_arrays(tokenizer.decode(codes))
+            drawn = draw(model, tokenizer, prompts, cfg_image=cfg_image, cfg_text=cfg_text, temperature=0.6)
         cells = [("<image>".join(pieces), [*s["refs"], s["target"], d]) for (pieces, _), s, d in zip(prompts, samples, drawn)]
         rows.append((f"{task}: {'reference, ' if samples[0]['refs'] else ''}target, drawn", cells))
     save_sheet(rows, path)
@@ -210,6 +210,24 @@ def tokenizer_quality(tokenizer, dataset, path, device, n=256):
 # The loop, the same for all three stages
 
 
+def load_sources(args):
+    """-> subjects, backgrounds"""
+    for folder in f"{args.data or ''},{args.backgrounds or ''}".split(","):
+        if folder and os.path.realpath(args.out).startswith(os.path.join(os.path.realpath(folder), "")):
+            raise BadInput(f"--out {args.out} lies in {folder}, and what is written there would be trained on: give another --out")
+    return (data.load_subjects(args.data, os.path.join(args.out, "index.npz")),
+            data.load_subjects(args.backgrounds, os.path.join(args.out, "backgrounds.npz")) if args.backgrounds else ())
+
+
+def can_compile(device):
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
+        return True
+    except Exception as error:  # no C++ compiler, no Triton
+        print(f"torch.compile does not work here ({str(error).strip().splitlines()[0][:100]}): training slower, without it", file=sys.stderr)
+        return False
+
+
 def batch_plan(stage, args, world):
     """-> samples a step over all processes, samples a micro-batch of one. Raises BadInput if they do not come out even."""
     schedule = SCHEDULES[args.preset]
@@ -224,7 +242,13 @@ def batch_plan(stage, args, world):
 
 def save(path, **state):
     with whole_file(path) as temporary:
-        torch.save(state, temporary)
+        torch.save({"version": VERSION, **state}, temporary)
+
+
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM reach the whole group of processes: the main one stops after its step, and needs its workers until then."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def train(stage, args, device, rank, world):
@@ -232,12 +256,18 @@ def train(stage, args, device, rank, world):
     config, schedule = CONFIGS[args.preset], SCHEDULES[args.preset]
     steps = args.steps or schedule["steps"][stage]
     batch_size, micro_batch = batch_plan(stage, args, world)
-    subjects = data.load_subjects(args.data)
+    if rank > 0:
+        dist.barrier()  # the first process looks through the folders, the others read what it found
+    subjects, backgrounds = load_sources(args)
+    if rank == 0:
+        print(f"stage {stage}: {subjects.said}" + (f"\nbackgrounds: {backgrounds.said}" if backgrounds else ""), file=sys.stderr)
+        if world > 1:
+            dist.barrier()
     path = os.path.join(args.out, f"stage{stage}.pt" if stage else "tokenizer.pt")
     mix = args.mix or MIXES[stage]
-    if stage == 0 and not all(s.has_cutout for s in subjects):
-        mix = {"reconstruction": 1.0}  # the one task that shows plain pictures as well as cut-outs
-    settings = dict(preset=args.preset, data=args.data or "emoji", mix=mix, steps=steps, batch_size=batch_size, seed=args.seed,
+    if stage == 0 and not subjects.table["has_cutout"].all():
+        mix = {"text-to-image": 1.0}  # the targets show plain pictures as well as cut-outs
+    settings = dict(preset=args.preset, data=args.data or ("emoji" if data.emoji_font() else "shapes"), backgrounds=args.backgrounds, mix=mix, steps=steps, batch_size=batch_size, seed=args.seed,
                     bf16=has_bf16(device))  # which decides the optimizer, too
 
     torch.manual_seed(args.seed)
@@ -273,18 +303,18 @@ def train(stage, args, device, rank, world):
         tokenizer.load_state_dict(checkpoint["tokenizer"])
     tokenizer.requires_grad_(stage == 0)
 
-    dataset = data.Tasks(subjects, mix, config.image_size, args.seed + stage)
-    held_out = {task: data.Tasks(subjects, {task: 1.0}, config.image_size, 1_000_000 + args.seed, train=False)
+    dataset = data.Tasks(subjects, mix, config.image_size, args.seed + stage, True, backgrounds)
+    held_out = {task: data.Tasks(subjects, {task: 1.0}, config.image_size, 1_000_000 + args.seed, False, backgrounds)
                 for task in ([list(mix)[-1]] if stage == 0 else mix)}
-    per_step = batch_size // (2 if stage == 0 else 1)  # stage 0 takes both pictures of a sample
+    per_step = batch_size // (2 if stage == 0 and "text-to-image" not in mix else 1)  # stage 0 takes all pictures of a sample
     batches = [range(step * per_step + rank, (step + 1) * per_step, world) for step in range(first, steps)]
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers, worker_init_fn=ignore_signals)
     # Compiled once for every length that occurs (multiples of 32).
     torch._dynamo.config.recompile_limit = 64
     net = torch.compile(model, dynamic=False) if args.compile and stage else model
     if world > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
-    stop = []
+    stop, saved = [], first
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(True))
     evaluate_every, save_every = max(1, steps // 10), max(1, steps // 40)
@@ -301,7 +331,10 @@ def train(stage, args, device, rank, world):
             else:
                 parts = list(micro_batches(config, tokenizer, samples, micro_batch, device))
             loss, outputs = accumulate(net, parts, device)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not torch.isfinite(loss + norm):
+                raise BadInput(f"stage {stage}, step {step}: loss {loss.item()}, gradient {norm.item()}: training cannot go on. The "
+                               f"last good checkpoint is {path if saved else 'none'}, of step {saved}: lower the learning rate (SCHEDULES)")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -317,15 +350,16 @@ def train(stage, args, device, rank, world):
             if world > 1:  # a signal reaches the processes at different steps: they stop together
                 any_stop = torch.tensor(len(stop), device=device)
                 dist.all_reduce(any_stop)
-                stop = stop or [True] * int(any_stop)
+            stopping = (int(any_stop) if world > 1 else len(stop)) and done < steps
             evaluate = done % evaluate_every == 0 or done == steps
-            if stop or evaluate or done % save_every == 0:
+            if stopping or evaluate or done % save_every == 0:
                 if rank == 0:  # first the checkpoint, then everything that may fail
                     save(path, stage=stage, step=done, seconds=now, settings=settings, config=dataclasses.asdict(config),
                          model=model.state_dict(), tokenizer=tokenizer.state_dict(),
                          optimizers=[o.state_dict() for o in optimizers])
-                if stop:
-                    break
+                saved = done
+            if stopping:
+                break
             if evaluate and rank == 0:
                 sheet = os.path.join(args.out, f"stage{stage}.png")
                 if stage == 0:
@@ -336,7 +370,7 @@ def train(stage, args, device, rank, world):
                 record = {"stage": stage, "step": done, "held_out": result, "seconds": round(now, 1)}
                 print(json.dumps(record), file=log, flush=True)
                 bar.write(f"stage {stage}, step {done}, held out: " + ", ".join(f"{k} {v}" for k, v in result.items()))
-    if stop:
+    if stopping:
         print(f"stopped: step {done} of {steps} is saved in {path}; the same command goes on", file=sys.stderr)
         sys.exit(130)
     if rank == 0:
@@ -347,10 +381,7 @@ def train(stage, args, device, rank, world):
 
 def checked(path, config, stage):
     """A checkpoint of this preset and stage, else BadInput."""
-    try:
-        checkpoint = load_checkpoint(path)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
+    checkpoint = open_checkpoint(path)
     if checkpoint["config"] != dataclasses.asdict(config) or checkpoint["stage"] != stage:
         raise BadInput(f"{path} is of another preset or stage: give the --preset it was trained with, or another --out")
     if "optimizers" not in checkpoint:
@@ -361,10 +392,9 @@ def checked(path, config, stage):
 def export(args):
     """Tokenizer and transformer in half precision, nothing else: what sample.py needs."""
     source = os.path.join(args.out, "stage2.pt")
-    try:
-        checkpoint = load_checkpoint(source)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
+    checkpoint = open_checkpoint(source)
+    if checkpoint["step"] < checkpoint["settings"]["steps"]:
+        print(f"{source} is not finished (step {checkpoint['step']}): exporting it all the same", file=sys.stderr)
     half = {part: {k: v.half() if v.is_floating_point() else v for k, v in checkpoint[part].items()}
             for part in ("model", "tokenizer")}
     save(args.export, config=checkpoint["config"], stage=2, step=checkpoint["step"], **half)
@@ -372,16 +402,16 @@ def export(args):
 
 
 def main():
-    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     has_cuda = torch.cuda.is_available()
     parser.add_argument("--stage", type=int, choices=(0, 1, 2), help="0 tokenizer, 1 alignment, 2 instruction")
     parser.add_argument("--preset", choices=CONFIGS, default="gpu" if has_cuda else "cpu", help="model, image size and schedule")
-    parser.add_argument("--data", help="emoji, shapes or a folder of images; several with commas between (default: emoji)")
+    add_data_flags(parser)
     parser.add_argument("--mix", type=parse_mix, help='share of each task, as "segmentation=.65,text-to-image=.35"')
-    parser.add_argument("--steps", type=data.whole(1), help="optimizer steps of this stage (default: the preset's)")
-    parser.add_argument("--batch-size", type=data.whole(1), help="samples a step, over all processes (default: the preset's)")
-    parser.add_argument("--workers", type=data.whole(0), default=8 if has_cuda else 1, help="processes that compose samples")
-    parser.add_argument("--seed", type=data.whole(0), default=0)
+    parser.add_argument("--steps", type=whole(1), help="optimizer steps of this stage (default: the preset's)")
+    parser.add_argument("--batch-size", type=whole(1), help="samples a step, over all processes (default: the preset's)")
+    parser.add_argument("--workers", type=whole(0), default=8 if has_cuda else 1, help="processes that compose samples")
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--out", default="out", help="folder for checkpoints, sheets and the log (default: out)")
     parser.add_argument("--device", choices=("cpu", "cuda")[:1 + has_cuda], default="cuda" if has_cuda else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: not for --preset test)")
@@ -391,19 +421,20 @@ def main():
         return export(args)
     if args.stage is None:
         raise BadInput("give --stage 0, 1 or 2 (or --export FILE)")
-    if args.compile is None:
-        args.compile = args.preset != "test"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     device = torch.device(args.device)
+    if args.compile is None:
+        args.compile = args.preset != "test" and can_compile(device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # for the first one's scan
     os.makedirs(args.out, exist_ok=True)
     batch_plan(args.stage, args, world)  # said now, not after the tokenizer's half hour
     if args.stage == 1:
+        if rank == 0:
+            data.Tasks(load_sources(args)[0], args.mix or MIXES[1], 8, 0)
         path = os.path.join(args.out, "tokenizer.pt")
         begun = checked(path, CONFIGS[args.preset], 0) if os.path.exists(path) else None
         if begun is None or begun["step"] < begun["settings"]["steps"]:
@@ -415,4 +446,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

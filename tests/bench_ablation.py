@@ -1,14 +1,13 @@
 """The paper's ablation at our scale: what happens to CP and PF when one part of the training is left out? Run by hand:
 
-    python tests/bench_ablation.py --row "without recovery"     one row: trains both stages, 35 minutes on two cores, and measures
+    python tests/bench_ablation.py --row "without recovery"     one row: trains both stages, half an hour on two cores, and measures
     python tests/bench_ablation.py                              the six of them, then the table; what is finished is not done again
 
-All rows have the tokenizer (out/tokenizer.pt), the seed and the number of steps in common. Interrupted, the same command
+All rows have the tokenizer (that of weights/cpu.pt), the seed and the number of steps in common. Interrupted, the same command
 goes on. The rows that differ in stage 2 alone share one stage 1.
 """
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,8 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data
-from train import MIXES
+import sample
+from data import BadInput
+from sample import Parser, open_checkpoint, whole
+from train import MIXES, save
 
 FIRST, SECOND = MIXES[1], MIXES[2]
 
@@ -43,6 +44,17 @@ def run(*command):
         sys.exit(done.returncode)
 
 
+def settings_of(args):
+    return json.dumps({name: getattr(args, name) for name in ("steps", "preset", "data", "seed", "n")})
+
+
+def take_tokenizer(checkpoint, path):
+    """The tokenizer of any checkpoint, as a finished stage 0."""
+    checkpoint = open_checkpoint(checkpoint)
+    weights = {name: w.float() if w.is_floating_point() else w for name, w in checkpoint["tokenizer"].items()}
+    save(path, stage=0, step=1, settings={"steps": 1}, config=checkpoint["config"], model=weights, tokenizer=weights, optimizers=[])
+
+
 def train_row(name, args):
     """Trains and measures one row; its figures are in the row's folder, in quality.json."""
     first, second, *_ = ROWS[name]
@@ -51,7 +63,8 @@ def train_row(name, args):
     for place in (before, folder):
         place.mkdir(parents=True, exist_ok=True)
         if not (place / "tokenizer.pt").exists():
-            shutil.copy(args.tokenizer, place)
+            take_tokenizer(args.tokenizer, place / "tokenizer.pt")
+    (folder / "settings.json").write_text(settings_of(args))
     common = ["--preset", args.preset, "--seed", args.seed] + (["--data", args.data] if args.data else [])
 
     def stage(number, mix, steps, where):
@@ -63,31 +76,31 @@ def train_row(name, args):
     else:
         stage(1, first, args.steps[0], before)
         if before != folder and not (folder / "stage1.pt").exists():
-            os.link(before / "stage1.pt", folder / "stage1.pt")
+            shutil.copy(before / "stage1.pt", folder / "stage1.pt")
         stage(2, second, args.steps[1], folder)
     run("tests/bench_quality.py", "--ckpt", folder / ("stage1.pt" if first is None else "stage2.pt"), "--n", args.n, "--seed", args.seed,
         "--json", folder / "quality.json", "-o", folder / "quality.png", *(["--data", args.data] if args.data else []))
 
 
 def main():
-    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", choices=ROWS, help="one row (default: all that are not finished)")
-    parser.add_argument("--tokenizer", default="out/tokenizer.pt", help="which all rows share (default: out/tokenizer.pt)")
-    parser.add_argument("--steps", type=data.whole(1), nargs=2, default=(750, 1100), help="of stage 1 and stage 2 (default: 750 1100)")
+    parser.add_argument("--tokenizer", default=ROOT / "weights" / "cpu.pt", help="the checkpoint whose tokenizer all rows share")
+    parser.add_argument("--steps", type=whole(1), nargs=2, default=[900, 1500], help="of stage 1 and stage 2 (default: 900 1500)")
     parser.add_argument("--preset", default="cpu")
     parser.add_argument("--data", help="as train.py takes it")
-    parser.add_argument("--seed", type=data.whole(0), default=0)
-    parser.add_argument("--n", type=data.whole(2), default=200, help="pictures to measure (default: 200)")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--n", type=whole(2), default=200, help="pictures to measure (default: 200)")
     parser.add_argument("--out", default="out/ablation", help="a folder a row in it (default: out/ablation)")
     args = parser.parse_args()
-    if not os.path.exists(args.tokenizer):
-        raise data.BadInput(f"--tokenizer {args.tokenizer}: no such file (python train.py --stage 0 makes one)")
     table = {}
     for name in ROWS:
         result = Path(args.out) / name.replace(" ", "-") / "quality.json"
         if not result.exists() and args.row in (None, name):
             train_row(name, args)
         if result.exists():
+            if result.with_name("settings.json").read_text() != settings_of(args):
+                raise BadInput(f"{result.parent} was made with other settings: give the same, or another --out")
             table[name] = json.loads(result.read_text())["subject-driven"]
     print("| | CP | PF | CP.PF | paper: CP | PF | CP.PF |\n|---|---|---|---|---|---|---|")
     for name, row in table.items():
@@ -96,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    sample.run(main)

@@ -27,7 +27,7 @@ def call(monkeypatch, capsys, main, *args):
     monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
     code = 0
     try:
-        data.run(main)
+        sample.run(main)
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
@@ -91,6 +91,7 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         ((*good, "--cfg", "nan"), "must be a number from 0 up"),
         ((*good, "--seed", "-1"), "not a whole number from 0 up"),
         ((*good, "--nonsense"), "unrecognized arguments"),
+        ((*good, "-o", tmp_path / "x.jpg"), "written as PNG"),
         ((*good, "-o", ref / "under" / "a" / "file.png"), "cannot be written"),
     ]:
         code, err, _ = call(monkeypatch, capsys, sample.main, "--ckpt", whole, "-o", kept, *args)
@@ -102,6 +103,8 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unusable").mkdir()
     (tmp_path / "unusable" / "a.png").write_text("no image")
+    (tmp_path / "plain").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "plain" / "a.png")
     for name in ("stage1.pt", "stage2.pt", "tokenizer.pt"):
         (tmp_path / name).write_bytes((trained / name).read_bytes()[:20_000])
     out, toy = ("--out", tmp_path / "new"), ("--stage", 1, *TOY)
@@ -125,19 +128,25 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
         ((*toy, *out, "--batch-size", "17"), "give a multiple of 16"),
         (("--stage", 0, *TOY, *out, "--batch-size", "1"), "give a multiple of 2"),
         (("--export", tmp_path / "x.pt", *out), "stage2.pt: no such file"),
+        (("--stage", 1, "--preset", "test", "--data", tmp_path, "--out", tmp_path / "inside"), "would be trained on"),
+        ((*toy, *out, "--backgrounds", tmp_path / "none"), "no such folder"),
+        (("--stage", 1, "--preset", "test", "--data", tmp_path / "plain", *out), "--mix text-to-image"),
     ]:
         code, err, _ = call(monkeypatch, capsys, train.main, *args)
         assert code == 2 and words in err[-1] and not any("Traceback" in line for line in err), (args, err)
     assert not (tmp_path / "x.pt").exists() and (tmp_path / "stage1.pt").stat().st_size == 20_000
 
 
-def test_data_writes_sheets_and_references(tmp_path, monkeypatch, capsys):
-    code, _, out = call(monkeypatch, capsys, data.main, "--data", "shapes", "-o", tmp_path / "sheet.png")
-    assert code == 0 and "of them held out" in out and Image.open(tmp_path / "sheet.png").width > 1000
-    code, _, out = call(monkeypatch, capsys, data.main, "--data", "shapes", "--subject", "red blue star", "-o", tmp_path / "star.png")
-    assert code == 0 and Image.open(tmp_path / "star.png").size == (256, 256)
-    code, err, _ = call(monkeypatch, capsys, data.main, "--data", "shapes", "--subject", "unicorn", "-o", tmp_path / "star.png")
-    assert code == 2 and "no such label" in err[0]
+def test_data_writes_a_sheet_of_every_source(tmp_path, monkeypatch, capsys):
+    for i in range(12):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        data.draw_shape("star red blue").save(tmp_path / "mine" / f"{i}.png")
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "mine" / f"on mars {i}.jpg")
+    for args in (("--data", "shapes"), ("--data", f"shapes,{tmp_path / 'mine'}", "--backgrounds", tmp_path / "mine")):
+        code, _, out = call(monkeypatch, capsys, sample.show_data, *args, "-o", tmp_path / "sheet.png")
+        assert code == 0 and "subjects" in out and "are held out" in out and Image.open(tmp_path / "sheet.png").width > 1000
+    code, err, _ = call(monkeypatch, capsys, sample.show_data, "--data", "shapes", "--backgrounds", tmp_path / "none")
+    assert code == 2 and "none: no such folder" in err[0]
 
 
 # -- the README
@@ -156,6 +165,7 @@ def test_readme_commands_run_as_written(trained, tmp_path):
     (tmp_path / "my_folder").mkdir()
     for i in range(12):
         data.draw_shape("star red blue").save(tmp_path / "my_folder" / f"{i}.png")
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
     for folder in ("out", "own"):  # the tokenizer is there already
         (tmp_path / folder).mkdir()
         shutil.copy(trained / "tokenizer.pt", tmp_path / folder)
@@ -163,7 +173,5 @@ def test_readme_commands_run_as_written(trained, tmp_path):
         name, *args = shlex.split(line)[1:]
         if name == "train.py" and "--export" not in args:
             args += ["--preset", "test", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
-        if data.emoji_font() is None and "--subject" in args:
-            args += ["--data", "shapes", "--subject", "star"]
         done = script(name, *args, cwd=tmp_path)
         assert done.returncode == 0, (line, done.stderr[-500:])

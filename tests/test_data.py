@@ -1,7 +1,10 @@
 """Subjects, scenes and tasks."""
+import colorsys
 import functools
 import itertools
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -110,13 +113,15 @@ def test_no_halo_of_the_old_background(tmp_path):
             assert image[..., 1].max() <= 40
 
 
-def test_recovery_shows_the_subject_distorted_elsewhere_and_wants_the_scene_of_the_caption():
+def test_recovery_shows_the_subject_distorted_elsewhere_and_wants_the_scene_of_the_caption(monkeypatch):
     differs = 0
+    distorted, distort = [], data.distort
+    monkeypatch.setattr(data, "distort", lambda *how: distorted.append(True) or distort(*how))
     for i in range(30):
         recovery, driven = tasks("recovery", train=False)[i], tasks("subject-driven", train=False)[i]
         assert recovery["caption"] == driven["caption"] and np.array_equal(recovery["target"], driven["target"])
         differs += not np.array_equal(recovery["refs"][0], driven["refs"][0])
-    assert differs == 30
+    assert differs == len(distorted) == 30
 
 
 def test_distortion_keeps_the_subject_in_sight():
@@ -129,11 +134,14 @@ def test_distortion_keeps_the_subject_in_sight():
     assert min(shares) > 0.3
 
 
-def test_subject_driven_moves_the_subject_to_another_background():
+def test_subject_driven_moves_the_subject_to_another_background(monkeypatch):
     for i in range(20):
-        sample = tasks("subject-driven")[i]
-        corners = [image[[0, 0, -1], [0, -1, -1]].tolist() for image in (sample["refs"][0], sample["target"])]
-        assert corners[0] != corners[1]
+        drawn, draw_background = [], data.draw_background
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "draw_background", lambda words, *how: drawn.append(words) or draw_background(words, *how))
+            sample = tasks("subject-driven")[i]
+        there, elsewhere = drawn
+        assert there in sample["caption"] and elsewhere not in sample["caption"]
 
 
 def test_views_of_one_subject_make_pairs_and_are_held_out_together(tmp_path, monkeypatch):
@@ -193,12 +201,12 @@ def test_emoji_are_things_with_names():
 
 def test_no_emoji_font_falls_back_to_shapes_aloud_only_by_default(monkeypatch, capsys):
     monkeypatch.setattr(data, "emoji_font", lambda: None)
-    assert load_subjects() == SHAPES and "using --data shapes" in capsys.readouterr().err
+    assert list(load_subjects()) == list(SHAPES) and "using --data shapes" in capsys.readouterr().err
     with pytest.raises(BadInput, match="apt-get install"):
         load_subjects("emoji")
 
 
-def test_folder_with_sidecars_classes_or_metadata(tmp_path):
+def test_folder_with_sidecars_or_classes(tmp_path):
     sprite(tmp_path / "a" / "one.png")
     (tmp_path / "a" / "one.txt").write_text("A Red Ball.\nsecond line\n")
     sprite(tmp_path / "a" / "dog" / "1.png")
@@ -206,15 +214,6 @@ def test_folder_with_sidecars_classes_or_metadata(tmp_path):
     by_label = {s.label: s for s in load_subjects(str(tmp_path / "a"))}
     assert set(by_label) == {"red ball", "dog", "plain"}
     assert by_label["red ball"].has_cutout and not by_label["plain"].has_cutout
-
-    picture(tmp_path / "b" / "photo.jpg", size=(40, 40))
-    mask = np.zeros((20, 20), np.uint8)  # half the size of its picture, and grey where it must not count
-    mask[5:15, 5:15], mask[0:3] = 255, 100
-    Image.fromarray(mask).save(tmp_path / "b" / "mask.png")
-    (tmp_path / "b" / "metadata.jsonl").write_text(
-        json.dumps({"file_name": "photo.jpg", "text": "the big photo", "label": "photo", "mask": "mask.png"}) + "\nnot json\n")
-    (subject,) = load_subjects(str(tmp_path / "b"))
-    assert subject.label == "photo" and cutout(subject).size == (20, 20)
 
 
 def test_plain_pictures_serve_reconstruction_and_text_to_image_alone(tmp_path):
@@ -227,17 +226,161 @@ def test_plain_pictures_serve_reconstruction_and_text_to_image_alone(tmp_path):
         tasks("segmentation", subjects=subjects)
 
 
-def test_broken_files_are_passed_over(tmp_path, capsys):
-    for i in range(20):
-        sprite(tmp_path / f"good {i}.png")
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.png").write_text("not an image")
+def colour_of(i):
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i / 10, 1, 1))
+
+
+def bomb(path):
+    """A PNG whose header promises 10,000 x 10,000 pixels."""
+    header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0" * 40)
+
+
+def test_bad_files_by_the_dozen_are_named_and_never_fed(tmp_path, capfd):
+    """Ten good cut-outs, each of its own colour, among ten times as many bad files: every sample shows the colour of its label."""
+    for i in range(10):
+        sprite(tmp_path / f"good {i}.png", colour_of(i))
     whole = (tmp_path / "good 1.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])  # its header is whole: found out only on reading
+    for i in range(30):
+        (tmp_path / f"empty {i}.png").write_bytes(b"")
+        (tmp_path / f"text {i}.jpg").write_text("not an image")
+        (tmp_path / f"cut {i}.png").write_bytes(whole[:len(whole) // 2])  # its header is whole: found out only on reading
+    picture(tmp_path / "photo.jpg", size=(400, 300))
+    (tmp_path / "photo.jpg").write_bytes((tmp_path / "photo.jpg").read_bytes()[:1000])
+    bomb(tmp_path / "bomb.png")
+    Image.new("RGBA", (9, 9)).save(tmp_path / "nothing.png")  # clear all over
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "itself.png").symlink_to(tmp_path / "itself.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "good 2.txt").write_bytes("not utf-8: \xe9".encode("latin-1"))
+    (tmp_path / "good 3.txt").write_text("🦉 בומה")
+    (tmp_path / "good 4.txt").write_text("word " * 2000)
     subjects = load_subjects(str(tmp_path))
-    assert "skipped 2 of 23" in capsys.readouterr().err
-    dataset = tasks("segmentation", subjects=subjects)
-    assert "cut" not in {dataset[i]["label"] for i in range(100)}
+    assert "skipped 63 files" in subjects.said and "bomb.png" in subjects.said and len(subjects) == 10 + 30 + 1 + 1
+    colours = {subject.label: colour_of(i) for i in range(10) for subject in subjects if subject.path.endswith(f"good {i}.png")}
+    assert len(colours) == 10 and "🦉 בומה" in colours and max(len(label.encode()) for label in colours) <= data.MAX_LABEL
+    for task in data.TASKS:
+        dataset = Tasks(subjects, {task: 1.0}, 32, 0)
+        dataset.train = False  # the same subjects, their colours as they are
+        for i in range(60):
+            sample = dataset[i]
+            for image in (sample["target"], *sample["refs"]):
+                assert (np.abs(image.astype(int) - colours[sample["label"]]).max(2) < 40).any(), (task, i, sample["label"])
+    said = capfd.readouterr().err
+    assert said.count("cut 1.png: not a readable image") == 1 and "nothing.png: its mask is empty" in said
+
+
+def test_odd_files_are_read_all_the_same(tmp_path):
+    picture(tmp_path / "png.jpg", format="PNG")  # by content, not by name
+    picture(tmp_path / "dot.png", size=(1, 1))
+    picture(tmp_path / "line.png", size=(1, 5000))
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    disc = Image.open(sprite(tmp_path / "disc.png"))
+    disc.quantize(16).save(tmp_path / "palette.png", transparency=0)
+    subjects = load_subjects(str(tmp_path))
+    assert {s.label: s.has_cutout for s in subjects} == dict.fromkeys(("png", "dot", "line", "moving"), False) | {"disc": True, "palette": True}
+    assert "skipped 0 files" in subjects.said
+    for subject in subjects:
+        assert data.open_square(subject.path, 32).size == (32, 32)
+        assert not subject.has_cutout or max(cutout(subject).size) <= 256
+    assert np.asarray(data.open_square(tmp_path / "moving.gif", 8))[0, 0].tolist() == [255, 0, 0]  # its first picture
+
+
+def test_bad_lines_of_metadata_are_passed_over(tmp_path):
+    folder = tmp_path / "mine"
+    for name in ("good", "small", "dark", "no mask"):
+        picture(folder / f"{name}.jpg", size=(40, 40))
+    picture(tmp_path / "outside.jpg")
+    half = np.zeros((20, 20), np.uint8)  # half the size of its picture, and grey where it must not count
+    half[5:15, 5:15], half[0:3] = 255, 100
+    Image.fromarray(half).save(folder / "half.png")
+    Image.new("L", (40, 40)).save(folder / "empty mask.png")
+    lines = [{"file_name": "good.jpg", "text": "the good one", "mask": "half.png"}, {"file_name": "small.jpg", "mask": "../outside.jpg"},
+             {"file_name": "../outside.jpg"}, {"file_name": str(tmp_path / "outside.jpg")}, {"text": "no file"}, {"file_name": 7}, [1], 5, None,
+             {"file_name": "dark.jpg", "mask": "empty mask.png"}, {"file_name": "no mask.jpg", "mask": "nowhere.png"}, {"file_name": ""},
+             {"file_name": "good.jpg", "label": "\ud83d"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{not json\n\n")
+    subjects = load_subjects(str(folder))
+    assert [s.label for s in subjects] == ["good one", "dark", "no mask"] and "skipped 11 files" in subjects.said
+    assert cutout(subjects[0]).size == (20, 20)
+    for subject, words in ((subjects[1], "its mask is empty"), (subjects[2], "nowhere.png")):
+        with pytest.raises(BadInput, match=words):
+            cutout(subject)
+    dataset = Tasks(subjects, {"segmentation": 1.0}, 32, 0)
+    assert {dataset[i]["label"] for i in range(40)} == {"good one"}
+
+
+def test_pictures_without_a_subject_are_not_views_of_one(tmp_path):
+    for name in ("1.png", "2.png", "2.webp"):
+        sprite(tmp_path / name)
+    lines = [{"file_name": "1.png", "subject_id": None}, {"file_name": "2.png", "subject_id": None}, {"file_name": "2.webp", "subject_id": "1.png"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "0 pairs" in load_subjects(str(tmp_path)).said
+    (tmp_path / "metadata.jsonl").unlink()
+    assert "0 pairs" in load_subjects(str(tmp_path)).said
+
+
+def test_a_rectangle_without_a_transparent_pixel_is_no_cutout(tmp_path):
+    for i in range(9):
+        picture(tmp_path / f"shot {i}.png", mode="RGBA")
+    sprite(tmp_path / "disc.png")
+    dataset = Tasks(load_subjects(str(tmp_path)), {"segmentation": 1.0}, 32, 0)
+    assert {dataset[i]["label"] for i in range(30)} == {"disc"}
+
+
+def test_mirrored_files_are_views_of_one_subject(tmp_path):
+    sprite(tmp_path / "owl.png")
+    sprite(tmp_path / "owl_mirror.png")
+    (tmp_path / "owl.txt").write_text("A wise owl.")
+    subjects = load_subjects(str(tmp_path))
+    assert [s.label for s in subjects] == ["wise owl"] * 2 and "1 subjects" in subjects.said and "2 pairs" in subjects.said
+    assert list(subjects.views(0)) == list(subjects.views(1)) == [0, 1]
+
+
+def test_photographs_and_plain_pictures_become_backgrounds(tmp_path):
+    for i in range(3):
+        picture(tmp_path / "photos" / f"on planet {i}.jpg", (250, 0, 250))
+    for i in range(20):
+        sprite(tmp_path / "mine" / f"{i}.png", (0, 0, 0))
+        picture(tmp_path / "mine" / f"plain {i}.jpg", (0, 250, 250))
+    subjects, photographs = load_subjects(str(tmp_path / "mine")), load_subjects(str(tmp_path / "photos"))
+
+    def shows(image, colour):
+        return (np.abs(image.astype(int) - colour).max(2) < 30).mean() > 0.1
+
+    dataset = Tasks(subjects, {"subject-driven": 1.0}, 32, 0, True, photographs)
+    samples = [dataset[i] for i in range(100)]
+    for sample in samples:
+        assert shows(sample["target"], (250, 0, 250)) == ("on planet" in sample["caption"])
+        assert not shows(sample["target"], (0, 250, 250))  # nobody knows words for what is behind in a plain picture
+    assert 35 < sum("on planet" in sample["caption"] for sample in samples) < 65
+    assert 10 < sum(shows(sample["refs"][0], (0, 250, 250)) for sample in samples) < 45
+
+
+def test_index_is_used_until_a_folder_changes(tmp_path, monkeypatch):
+    sprite(tmp_path / "mine" / "a" / "1.png")
+    index, folder = str(tmp_path / "index.npz"), str(tmp_path / "mine")
+    first = load_subjects(f"shapes,{folder}", index)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "scan", None)  # not called
+        again = load_subjects(f"shapes,{folder}", index)
+    assert list(again) == list(first) == list(load_subjects(f"shapes,{folder}")) and again.said == first.said
+    sprite(tmp_path / "mine" / "a" / "2.png")
+    assert len(load_subjects(f"shapes,{folder}", index)) == len(first) + 1
+    assert len(load_subjects("shapes", index)) == len(SHAPES)
+    (tmp_path / "mine" / "metadata.jsonl").write_text('{"file_name": "a/1.png", "label": "one"}')
+    assert load_subjects(folder, index)[0].label == "one"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["index.npz", "mine"]
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    for parent in ("a", "b"):
+        sprite(tmp_path / parent / "dogs" / "1.png")
+    with pytest.raises(BadInput, match="of one name"):
+        load_subjects(f"{tmp_path}/a/dogs,{tmp_path}/b/dogs/")
 
 
 @pytest.mark.parametrize("mode, ending", [("L", "png"), ("P", "gif"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png"), ("I;16", "png")])

@@ -12,10 +12,12 @@ import data
 from bench_quality import copying, cutting_out, judge, make_cases, summary
 
 
-@pytest.fixture(scope="module")
-def cases():
-    held_out = [s for s in data.load_subjects("shapes") if data.is_held_out(s)]
-    return make_cases(held_out, 24, 64, 0)
+@pytest.fixture(scope="module", params=["shapes", "emoji"])
+def cases(request):
+    if request.param == "emoji" and data.emoji_font() is None:
+        pytest.skip("no colour emoji font on this machine")
+    held_out = [s for s in data.load_subjects(request.param) if data.is_held_out(s)]
+    return make_cases(held_out, 40, 64, 0)
 
 
 def test_the_true_pictures_score_high_on_both(cases):
@@ -39,7 +41,7 @@ def test_another_subject_in_the_right_scene_keeps_the_prompt_and_not_the_subject
 
 def test_copies_and_cutouts_of_the_truth_are_perfect_and_a_black_picture_is_not(cases):
     assert copying(np.stack([case.scene for case in cases]), cases) == {"L2": 0.0, "PSNR": pytest.approx(106, abs=1)}
-    truth, black = np.stack([case.alone for case in cases]), np.zeros((24, 64, 64, 3), np.uint8)
+    truth, black = np.stack([case.alone for case in cases]), np.zeros((40, 64, 64, 3), np.uint8)
     assert cutting_out(truth, cases)["IoU"] > 0.9 and cutting_out(truth, cases)["colour error"] == 0
     assert cutting_out(black, cases)["IoU"] == 0 and cutting_out(black, cases)["colour error"] > 0.2
 

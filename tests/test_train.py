@@ -1,6 +1,7 @@
 """The training loop: what it optimises, that it resumes, and that several processes do what one does."""
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -65,7 +66,7 @@ def test_every_parameter_is_in_exactly_one_group(bf16):
         optimizers = train.make_optimizers(model, bf16, fused=False)
         grouped = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters())
-        assert len(optimizers) == 1 + (bf16 and isinstance(model, Mentor))
+        assert len(optimizers) == 1 + bf16
 
 
 def test_mix_is_read_and_normalised():
@@ -98,7 +99,7 @@ def test_losses_fall_and_everything_is_written(trained):
 
 def run_stage(stage, out, **changes):
     """A stage in this process, with the toy's settings -> its checkpoint."""
-    args = argparse.Namespace(preset="test", data="shapes", steps=None, batch_size=None, seed=0, out=str(out), mix=None,
+    args = argparse.Namespace(preset="test", data="shapes", backgrounds=None, steps=None, batch_size=None, seed=0, out=str(out), mix=None,
                               workers=0, compile=False)
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -109,9 +110,10 @@ def run_stage(stage, out, **changes):
     return torch.load(out / f"stage{stage}.pt", weights_only=True)
 
 
-def test_stage_2_starts_from_stage_1(trained, tmp_path):
+def test_stage_2_starts_from_stage_1(trained, tmp_path, capsys):
     shutil.copy(trained / "stage1.pt", tmp_path)
     before, after = torch.load(trained / "stage1.pt", weights_only=True), run_stage(2, tmp_path, steps=1)
+    assert "448 subjects" in capsys.readouterr().err  # said before it starts
     for name, weight in before["model"].items():
         assert (after["model"][name] - weight).abs().max() < 0.02, name  # one step away
     assert any(not torch.equal(after["model"][name], weight) for name, weight in before["model"].items())
@@ -147,6 +149,35 @@ def test_interrupt_saves_and_leaves_with_one_line(trained, tmp_path):
     assert process.returncode == 130 and "is saved in" in error.splitlines()[-1] and "Traceback" not in error
 
 
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(trained, tmp_path, monkeypatch):
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    seen, accumulate = [], train.accumulate
+
+    def accumulate_until(*args):
+        seen.append(True)
+        loss, beside = accumulate(*args)
+        return (loss * float("nan") if len(seen) == 6 else loss), beside
+
+    monkeypatch.setattr(train, "accumulate", accumulate_until)
+    with pytest.raises(data.BadInput, match="step 5: the loss is nan.* checkpoint is .*stage2.pt, of step 4"):
+        run_stage(2, tmp_path, steps=80)
+    kept = torch.load(tmp_path / "stage2.pt", weights_only=True)
+    assert kept["step"] == 4 and all(torch.isfinite(weight).all() for weight in kept["model"].values())
+
+
+def test_terminating_the_whole_group_saves_and_leaves_with_one_line(trained, tmp_path):
+    """As Ctrl-C, timeout and job schedulers do: the workers get the signal, too."""
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--stage", "2", *TOY, "--workers", "2", "--out", str(tmp_path)],
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "stage2.pt").exists():
+        time.sleep(0.05)
+        assert process.poll() is None, "it ended before it could be stopped"
+    os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "is saved in" in error.splitlines()[-1] and "Traceback" not in error
+
+
 def test_full_disk_keeps_the_last_good_checkpoint(trained, tmp_path):
     import resource
 
@@ -171,8 +202,8 @@ def one_of_two(rank, folder):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    net, parts = DistributedDataParallel(model), list(train.micro_batches(CONFIG, toy_tokenizer(), toy_samples(16)[rank::2], 4, CPU))
     train.has_bf16 = lambda device: False
+    net, parts = DistributedDataParallel(model), list(train.micro_batches(CONFIG, toy_tokenizer(), toy_samples(16)[rank::2], 4, CPU))
     train.accumulate(net, parts, CPU)
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], f"{folder}/gradients.pt")
