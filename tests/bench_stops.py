@@ -25,7 +25,7 @@ def start(n, stage, out, port):
     """n ranks, as torchrun starts them, but without torchrun: its workers would outlive it."""
     command = [sys.executable, str(ROOT / "train.py"), "--stage", str(stage), "--preset", "test", "--data", "shapes", "--device", "cpu",
                "--out", str(out)]
-    return [subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env={
+    return [subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={
         **os.environ, "RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(n)]
 
 
