@@ -382,7 +382,8 @@ class Tasks:
         if not (wanted & (has_cutout | ~has_cutout.any())).any():
             say_once("too few subjects to hold one in ten out: held-out figures are of training subjects")
             wanted = wanted | True
-        self.photographs, self.plain = (backgrounds, range(len(backgrounds))), (subjects, np.flatnonzero(wanted & ~has_cutout))
+        plain = np.flatnonzero(wanted & ~has_cutout)  # few of them must not stand behind everything
+        self.photographs, self.plain = (backgrounds, range(len(backgrounds)), 0.5), (subjects, plain, min(0.5, len(plain) / 40))
         self.all, self.cutouts = np.flatnonzero(wanted), np.flatnonzero(wanted & has_cutout)  # indices
         if not len(self.cutouts) and any(mix.get(task) for task in TASKS[2:]):
             raise BadInput("none of these images has alpha or a mask: train with --mix text-to-image=.8,reconstruction=.2")
@@ -401,9 +402,9 @@ class Tasks:
         raise BadInput("a hundred images in a row could not be read")
 
     def background(self, rng, words, *pools):
-        """Drawn by code in these words, or half the time a picture of a pool (pictures, indices) -> (RGB image, its words)"""
-        for pictures, indices in pools:
-            if len(indices) and rng.uniform() < 0.5:
+        """Drawn by code in these words, or a picture of a pool (pictures, indices, share) -> (RGB image, its words)"""
+        for pictures, indices, share in pools:
+            if len(indices) and rng.uniform() < share:
                 picture = pictures[indices[rng.integers(len(indices))]]
                 return open_square(picture.path, self.size), clean_label(picture.caption, MAX_LABEL)
         return draw_background(words, self.size, rng), words
@@ -414,8 +415,7 @@ class Tasks:
         subject = self.subjects[index]
         if not subject.has_cutout:
             picture = np.asarray(open_square(subject.path, self.size))
-            refs = [picture] * (task == "reconstruction")
-            return {"label": subject.label, "caption": subject.caption, "refs": refs, "target": picture}
+            return dict(label=subject.label, caption=subject.caption, refs=[picture] * (task == "reconstruction"), target=picture)
         sprite, has_cutout = cutout(subject), self.subjects.table["has_cutout"]
         views = [i for i in self.subjects.views(index) if i != index and has_cutout[i]]
         if self.train and task != "text-to-image" and not views:
