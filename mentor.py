@@ -303,7 +303,7 @@ def guidance_branches(pieces, references, cfg_image, cfg_text):
 
 
 @torch.no_grad()
-def generate(model, prompts, n=1, seed=0, temperature=1.0, top_k=0, cfg_image=1.0, cfg_text=1.0):
+def generate(model, prompts, n=1, seed=0, temperature=0.6, top_k=0, cfg_image=1.0, cfg_text=1.0):
     """Draws n pictures of each prompt.
 
     prompts: list of (pieces, references), as build_sequence takes them. All guidance branches run as one batch, and the

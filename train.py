@@ -8,7 +8,7 @@
 
 The same command again resumes where it stopped. In --out: tokenizer.pt, stage1.pt, stage2.pt (checkpoints), stage0.png,
 stage1.png, stage2.png (what it draws of held-out subjects), log.jsonl (a line per logged step; steps that a kill undid stand
-there twice), index.npz (what --data holds).
+there twice), index.npz and backgrounds.npz (what --data and --backgrounds hold).
 """
 import argparse
 import dataclasses
@@ -189,7 +189,7 @@ def held_out_sheet(model, tokenizer, datasets, path, device, n=6):
         cfg_image, cfg_text = GUIDANCE[task]
         prompts = [(fill_prompt(task, s["label"], s["caption"]), s["refs"]) for s in samples]
         with autocast(device):
-            drawn = draw(model, tokenizer, prompts, cfg_image=cfg_image, cfg_text=cfg_text, temperature=0.6)
+            drawn = draw(model, tokenizer, prompts, cfg_image=cfg_image, cfg_text=cfg_text)
         cells = [("<image>".join(pieces), [*s["refs"], s["target"], d]) for (pieces, _), s, d in zip(prompts, samples, drawn)]
         rows.append((f"{task}: {'reference, ' if samples[0]['refs'] else ''}target, drawn", cells))
     save_sheet(rows, path)
@@ -414,7 +414,7 @@ def main():
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--out", default="out", help="folder for checkpoints, sheets and the log (default: out)")
     parser.add_argument("--device", choices=("cpu", "cuda")[:1 + has_cuda], default="cuda" if has_cuda else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: not for --preset test)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: where it works, save for --preset test)")
     parser.add_argument("--export", metavar="FILE", help="write the finished stage 2 of --out to FILE, in half precision")
     args = parser.parse_args()
     if args.export:

@@ -164,13 +164,13 @@ def through_tokenizer(tokenizer, pictures, device):
     return to_arrays(tokenizer.decode(tokenizer.encode(to_images(pictures, device))))
 
 
-def draw_cases(model, tokenizer, task, cases, references, seed, temperature, guidance):
+def draw_cases(model, tokenizer, task, cases, references, seed, guidance):
     """One picture a case, uint8 (n, H, W, 3). references: a picture a case, or None: then the prompt loses its <image>."""
     prompts = [fill_prompt(task, case.subject.label, case.caption) for case in cases]
     prompts = [(["".join(p)], []) for p in prompts] if references is None else [(p, [r]) for p, r in zip(prompts, references)]
     cfg_image, cfg_text = guidance or GUIDANCE[task]
-    return np.concatenate([draw(model, tokenizer, prompts[i:i + 50], seed=seed + i, temperature=temperature, cfg_image=cfg_image,
-                                cfg_text=cfg_text) for i in range(0, len(prompts), 50)])
+    return np.concatenate([draw(model, tokenizer, prompts[i:i + 50], seed=seed + i, cfg_image=cfg_image, cfg_text=cfg_text)
+                           for i in range(0, len(prompts), 50)])
 
 
 def copying(drawn, cases):
@@ -235,7 +235,6 @@ def main():
     parser.add_argument("--data", help="what it was trained on (default: emoji)")
     parser.add_argument("--n", type=whole(2), default=200, help="pictures a task (default: 200)")
     parser.add_argument("--seed", type=whole(0), default=0)
-    parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--sweep", action="store_true", help="subject-driven alone, over a grid of --cfg-image and --cfg-text")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     parser.add_argument("-o", "--output", help="the sheet to write (default: quality.png, with --sweep: sweep.png)")
@@ -252,7 +251,7 @@ def main():
     references, scenes = [case.reference for case in cases], [case.scene for case in cases]
 
     def drawn(task, references, cases=cases, guidance=None):
-        return draw_cases(model, tokenizer, task, cases, references, args.seed, args.temperature, guidance)
+        return draw_cases(model, tokenizer, task, cases, references, args.seed, guidance)
 
     if args.sweep:
         grid = [(image, text) for text in SCALES for image in SCALES]
@@ -275,12 +274,14 @@ def main():
         seen = through_tokenizer(tokenizer, scenes + [case.alone for case in cases], device)
         copies = {"scenes through the tokenizer": copying(seen[:args.n], cases) | cutting_out(seen[args.n:], cases),
                   "reconstruction": copying(shown["reconstruction"], cases), "segmentation": cutting_out(shown["segmentation"], cases)}
-        path, names = args.output or "quality.png", list(shown)
-        known_or_not = {"text-to-image, known labels": known}
-        save_sheet([(f"{name}: {'scene' if name in names[-2:] else 'target' if 'text' in name else 'reference, target'}, drawn", [
-            (case.subject.label if name in names[-2:] else case.caption,
-             [*([case.scene] if name in names[-2:] else [case.target] if "text" in name else [case.reference, case.target]), picture])
-            for case, picture in zip(known_or_not.get(name, cases)[:8], shown[name])]) for name in names], path)
+        path, sheet = args.output or "quality.png", []
+        for name, pictures in shown.items():
+            asked = known if name.endswith("known labels") else cases
+            beside = ["scene"] if name in ("reconstruction", "segmentation") else ["target"] if asked is known else ["reference", "target"]
+            cells = [(case.subject.label if beside == ["scene"] else case.caption, [*(getattr(case, field) for field in beside), picture])
+                     for case, picture in zip(asked[:8], pictures)]
+            sheet.append((f"{name}: {', '.join(beside)}, drawn", cells))
+        save_sheet(sheet, path)
     print_table(rows)
     if not args.sweep:
         print()
