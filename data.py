@@ -38,8 +38,8 @@ class Subject(NamedTuple):
     source: str               # "emoji", "shapes" or "file": how `cutout` reads it
     path: str                 # the character, the shape's recipe, or the image file
     mask: str = ""            # a mask image beside the file, where the alpha channel does not say it
-    has_cutout: bool = True   # without one (a plain picture) only reconstruction and text-to-image can use it,
-    caption: str = ""         # with this caption
+    has_cutout: bool = True   # False: a plain picture, for reconstruction, text-to-image and backgrounds alone
+    caption: str = ""         # a plain picture's words
 
 
 EMOJI_FONTS = {  # file: the one pixel size that its bitmaps have (Debian, Arch, Fedora, macOS, Windows)
@@ -230,11 +230,11 @@ def open_square(path, size):
 @functools.lru_cache(maxsize=1200)  # more than there are emoji; a file's takes 256 kB
 def cutout(subject):
     """The subject's pixels, cropped to its mask -> RGBA image, at most 256 px. Raises BadInput on a broken file."""
-    middle = [0] * 128 + [255] * 128  # masks are cut at their middle, never at > 0: no halo of the old background
+    at_half = [0] * 128 + [255] * 128  # masks are cut at half, never at > 0: no halo of the old background
     image = {"emoji": draw_emoji, "shapes": draw_shape, "file": read_image}[subject.source](subject.path)
     if subject.mask:
-        image.putalpha(read_image(subject.mask).convert("L").resize(image.size, Image.Resampling.NEAREST).point(middle))
-    alpha = image.getchannel("A").point(middle)
+        image.putalpha(read_image(subject.mask).convert("L").resize(image.size, Image.Resampling.NEAREST).point(at_half))
+    alpha = image.getchannel("A").point(at_half)
     if len(alpha.getcolors()) < 2:
         raise BadInput(f"{subject.path}: its mask {'is empty' if alpha.getbbox() is None else 'hides nothing: this is no cut-out'}")
     image = image.crop(alpha.getbbox())
@@ -372,9 +372,8 @@ class Tasks:
     """A map-style dataset: item `index` is a pure function of (seed, index), whatever the number of workers.
 
     Items: dict(task, label, caption, refs: list of uint8 (H, W, 3), target: uint8 (H, W, 3), hide: what training hides
-    from the model, for guidance). With `train`, a subject that a reference shows is recoloured; without, the dataset
-    holds the held-out subjects alone.
-    """
+    from the model, for guidance). With `train`, a subject that a reference shows is recoloured, unless it has other
+    views; without, the dataset holds the held-out subjects alone."""
 
     def __init__(self, subjects, mix, size, seed, train=True, backgrounds=()):
         self.subjects, self.mix, self.size, self.seed, self.train = subjects, mix, size, seed, train
@@ -382,8 +381,9 @@ class Tasks:
         if not (wanted & (has_cutout | ~has_cutout.any())).any():
             say_once("too few subjects to hold one in ten out: held-out figures are of training subjects")
             wanted = wanted | True
-        plain = np.flatnonzero(wanted & ~has_cutout)  # few of them must not stand behind everything
-        self.photographs, self.plain = (backgrounds, range(len(backgrounds)), 0.5), (subjects, plain, min(0.5, len(plain) / 40))
+        plain = np.flatnonzero(wanted & ~has_cutout)
+        self.photographs = backgrounds, range(len(backgrounds)), 0.5  # pictures, their indices, how often one is taken:
+        self.plain = subjects, plain, min(0.5, len(plain) / 40)       # seldom where they are few, else they are everywhere
         self.all, self.cutouts = np.flatnonzero(wanted), np.flatnonzero(wanted & has_cutout)  # indices
         if not len(self.cutouts) and any(mix.get(task) for task in TASKS[2:]):
             raise BadInput("none of these images has alpha or a mask: train with --mix text-to-image=.8,reconstruction=.2")
@@ -418,17 +418,17 @@ class Tasks:
             return dict(label=subject.label, caption=subject.caption, refs=[picture] * (task == "reconstruction"), target=picture)
         sprite, has_cutout = cutout(subject), self.subjects.table["has_cutout"]
         views = [i for i in self.subjects.views(index) if i != index and has_cutout[i]]
-        if self.train and task != "text-to-image" and not views:
+        if self.train and task != "text-to-image" and not views:  # (views differ by themselves)
             sprite = recolour(sprite, rng)
         here, elsewhere = rng.choice(list(BACKGROUNDS), 2, replace=False)
         size, place = str(rng.choice(list(SIZES))), str(rng.choice(list(PLACES)))
         placement = named_placement(size, place)
-        if task in ("reconstruction", "segmentation") and rng.uniform() < 0.7:
+        if task in ("reconstruction", "segmentation") and rng.uniform() < 0.7:  # anywhere, and the caption does not say where
             placement, size, place = free_placement(rng), None, None
         background, here = self.background(rng, here, self.photographs)
         image, alone = compose(sprite, background, placement)
         caption = write_caption(rng, subject.label, here, size, place)
-        if task == "reconstruction" and rng.uniform() < 0.1:
+        if task == "reconstruction" and rng.uniform() < 0.1:  # a copy needs no words
             caption = ""
         reference = image
         if task in ("recovery", "subject-driven"):

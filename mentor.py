@@ -45,7 +45,7 @@ CONFIGS = {
                     block_size=5 * 1024 + 512),
 }
 BOS, BOI, EOI, PAD = 256, 257, 258, 259  # after the 256 bytes: begin of sequence, begin and end of an image, padding
-FIRST_CODE = 260
+FIRST_CODE = 260  # then the image codes, coarse * codebook_size + fine: each is the sum of two vectors, not a row of a table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The sequence
@@ -110,7 +110,8 @@ def build_sequence(config, pieces, references, target=None):
 
 
 def pad_sequences(sequences, multiple=1):
-    """List of (ids, positions) -> ids (B, T), positions (B, T, 3), lengths (B,), padded on the right.
+    """List of (ids, positions) -> ids (B, T), positions (B, T, 3), lengths (B,), padded on the right. T is rounded up to a
+    multiple of `multiple`: torch.compile compiles each length anew, so let it meet few.
 
     Attention is causal, so nothing ever looks at the padding: no key mask, and no sample depends on its batch.
     """
@@ -232,7 +233,7 @@ class Mentor(nn.Module):
     def hidden(self, ids, positions, cache=None, index=None):
         """ids (B, T), positions (B, T, 3) -> the last block's output, normalised (B, T, n_embd)."""
         coarse, fine = self.code_vectors()
-        codes = (ids - FIRST_CODE).clamp_min(0)
+        codes = (ids - FIRST_CODE).clamp_min(0)  # (B, T): coarse * K + fine, 0 where there is text
         images = F.embedding(codes // len(fine), coarse) + F.embedding(codes % len(fine), fine)
         text = F.embedding(ids.clamp_max(FIRST_CODE - 1), self.embedding.weight[:FIRST_CODE])
         x = rms_norm(torch.where((ids < FIRST_CODE)[..., None], text, images))

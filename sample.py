@@ -32,10 +32,10 @@ class Parser(argparse.ArgumentParser):
 
 def add_data_flags(parser):
     parser.add_argument("--data", help="emoji, shapes or a folder of images; several with commas between (default: emoji)")
-    parser.add_argument("--backgrounds", metavar="DIR", help="photographs to place subjects on, named by name.txt, file name or folder")
+    parser.add_argument("--backgrounds", metavar="DIR", help="photographs to place subjects on, each named by a .txt beside it, its file name or its folder")
 
 
-def whole(least):
+def at_least(least):
     def number(text):  # an argparse type
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
@@ -138,7 +138,7 @@ def show_data():
     """python data.py"""
     parser = Parser(description=data.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_flags(parser)
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("-o", "--output", default="data.png", help="the PNG to write (default: data.png)")
     args = parser.parse_args()
     subjects = data.load_subjects(args.data)
@@ -156,11 +156,11 @@ def main():
     parser.add_argument("--ref", metavar="IMAGE", help="any image file; its centred square is used")
     parser.add_argument("--label", default="", help="what to look for in the reference")
     parser.add_argument("--prompt", default="", help="the picture to draw, in words")
-    parser.add_argument("-n", type=whole(1), default=1, help="how many pictures")
+    parser.add_argument("-n", type=at_least(1), default=1, help="how many pictures")
     parser.add_argument("-o", "--output", default="sample.png", help="a .png, several pictures as a grid, or a folder, one PNG each (default: sample.png)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="picture i is drawn with seed + i")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="picture i is drawn with seed + i")
     parser.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest code each time (default: 0.6)")
-    parser.add_argument("--top-k", type=whole(0), default=0, help="draw from the k likeliest codes (0: from all)")
+    parser.add_argument("--top-k", type=at_least(0), default=0, help="draw from the k likeliest codes (0: from all)")
     parser.add_argument("--cfg", type=float, help="guidance, image and text alike (default: what suits the task)")
     parser.add_argument("--cfg-image", type=float, help="how closely to follow the reference (1: no guidance)")
     parser.add_argument("--cfg-text", type=float, help="how closely to follow the text (1: no guidance)")
@@ -171,6 +171,8 @@ def main():
     if os.path.splitext(args.output)[1].lower() in data.IMAGE_ENDINGS - {".png"}:
         raise BadInput(f"-o {args.output}: pictures are written as PNG: give a name that ends in .png, or a folder")
     task = which_task(args.ref, args.label, args.prompt)
+    if task == "reconstruction" and args.prompt:
+        print("a reference without --label is copied: name its subject with --label to draw it as --prompt says", file=sys.stderr)
     for name in ("temperature", "cfg", "cfg_image", "cfg_text"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
@@ -183,8 +185,8 @@ def main():
     image, text = (args.cfg if args.cfg is not None else preset for preset in GUIDANCE[task])
     started = time.time()
     try:
-        pictures = draw(model, tokenizer, [(fill_prompt(task, args.label, args.prompt), references)], n=args.n, seed=args.seed,
-                        temperature=args.temperature, top_k=args.top_k,
+        prompt = fill_prompt(task, args.label.lower(), args.prompt.lower())  # as all words were in training
+        pictures = draw(model, tokenizer, [(prompt, references)], n=args.n, seed=args.seed, temperature=args.temperature, top_k=args.top_k,
                         cfg_image=image if args.cfg_image is None else args.cfg_image,
                         cfg_text=text if args.cfg_text is None else args.cfg_text)
     except ValueError as error:

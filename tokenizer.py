@@ -5,8 +5,9 @@
 A convolutional encoder, two codebooks, a convolutional decoder. A patch's vector is a unit vector (LlamaGen: dimension 8,
 l2-normalised); the first codebook names it coarsely, the second what is then still missing (residual quantisation). The
 pair is one code, coarse * codebook_size + fine: a patch stays one place in the transformer's sequence.
-Both ends work on patches from the start: on a small machine only fewer multiplications are faster. Normalisation is
-per position, never over the image, so that a subject that moves by whole patches keeps its codes.
+The first layer already sees patches of downsample / 2 pixels, and the decoder ends with them: convolutions at full
+resolution would cost most of the time on a small machine. Normalisation is per position, never over the image, so that
+a subject that moves by whole patches keeps its codes.
 """
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class Tokenizer(nn.Module):
             nn.Conv2d(channels, 3 * stem * stem, 3, padding=1),
             nn.PixelShuffle(stem),                          # (B, 3, H, W)
         )
-        scale = torch.tensor([1.0, 0.3]).view(2, 1, 1)  # what is missing is short
+        scale = torch.tensor([1.0, 0.3]).view(2, 1, 1)  # what a unit vector leaves is shorter
         self.codebook = nn.Parameter(scale * F.normalize(torch.randn(2, codebook_size, code_dim), dim=-1))
         self.register_buffer("idle", torch.zeros(2, codebook_size))  # steps since each was last chosen
         self.to(memory_format=torch.channels_last)

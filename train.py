@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 from data import BadInput
 from mentor import (CONFIGS, GUIDANCE, VERSION, Mentor, build_sequence, fill_prompt, hide_condition, pad_sequences)
-from sample import Parser, add_data_flags, draw, open_checkpoint, run, save_sheet, whole, whole_file
+from sample import Parser, add_data_flags, at_least, draw, open_checkpoint, run, save_sheet, whole_file
 from tokenizer import Tokenizer, quality, to_arrays, to_images
 
 # Per stage 0, 1, 2: optimizer steps, samples a step (images, in stage 0), peak learning rate. micro_batch: how many
@@ -47,6 +47,7 @@ MIXES = {  # share of each task in a stage
     # The paper has .46, -, .115, .115, .31. At this scale a stage without reconstruction forgets to copy (README).
     2: {"text-to-image": 0.36, "reconstruction": 0.05, "segmentation": 0.115, "recovery": 0.115, "subject-driven": 0.36},
 }
+STOPS = (signal.SIGINT, signal.SIGTERM)  # a run saves, and leaves
 
 
 def parse_mix(text):
@@ -117,7 +118,7 @@ def learning_rate(step, steps, peak):
 
 
 def make_optimizers(model, bf16, fused):
-    """Muon on the hidden matrices (the tokenizer's convolutions too), AdamW on all else (embeddings, codebooks, gains).
+    """Muon on the hidden matrices (the tokenizer's residual blocks too), AdamW on all else (embeddings, codebooks, gains).
 
     torch's Muon orthogonalises in bf16: where the hardware does not multiply bf16 fast, AdamW takes the matrices too.
     """
@@ -213,7 +214,7 @@ def tokenizer_quality(tokenizer, dataset, path, device, n=256):
 def load_sources(args):
     """-> subjects, backgrounds"""
     for folder in f"{args.data or ''},{args.backgrounds or ''}".split(","):
-        if folder and os.path.realpath(args.out).startswith(os.path.join(os.path.realpath(folder), "")):
+        if folder and os.path.join(os.path.realpath(args.out), "").startswith(os.path.join(os.path.realpath(folder), "")):
             raise BadInput(f"--out {args.out} lies in {folder}, and what is written there would be trained on: give another --out")
     return (data.load_subjects(args.data, os.path.join(args.out, "index.npz")),
             data.load_subjects(args.backgrounds, os.path.join(args.out, "backgrounds.npz")) if args.backgrounds else ())
@@ -247,7 +248,7 @@ def save(path, **state):
 
 def ignore_signals(worker):
     """Ctrl-C and SIGTERM reach the whole group of processes: the main one stops after its step, and needs its workers until then."""
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in STOPS:
         signal.signal(name, signal.SIG_IGN)
 
 
@@ -263,12 +264,12 @@ def train(stage, args, device, rank, world):
         print(f"stage {stage}: {subjects.said}" + (f"\nbackgrounds: {backgrounds.said}" if backgrounds else ""), file=sys.stderr)
         if world > 1:
             dist.barrier()
-    path = os.path.join(args.out, f"stage{stage}.pt" if stage else "tokenizer.pt")
+    path, sheet = (os.path.join(args.out, name) for name in (f"stage{stage}.pt" if stage else "tokenizer.pt", f"stage{stage}.png"))
     mix = args.mix or MIXES[stage]
     if stage == 0 and not subjects.table["has_cutout"].all():
         mix = {"text-to-image": 1.0}  # the targets show plain pictures as well as cut-outs
-    settings = dict(preset=args.preset, data=args.data or ("emoji" if data.emoji_font() else "shapes"), backgrounds=args.backgrounds, mix=mix, steps=steps, batch_size=batch_size, seed=args.seed,
-                    bf16=has_bf16(device))  # which decides the optimizer, too
+    settings = dict(preset=args.preset, data=args.data or ("emoji" if data.emoji_font() else "shapes"), backgrounds=args.backgrounds,
+                    mix=mix, steps=steps, batch_size=batch_size, seed=args.seed, bf16=has_bf16(device))  # bf16 decides the optimizer
 
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(config.downsample, config.codebook_size, config.code_dim, config.channels).to(device)
@@ -305,7 +306,7 @@ def train(stage, args, device, rank, world):
 
     dataset = data.Tasks(subjects, mix, config.image_size, args.seed + stage, True, backgrounds)
     held_out = {task: data.Tasks(subjects, {task: 1.0}, config.image_size, 1_000_000 + args.seed, False, backgrounds)
-                for task in ([list(mix)[-1]] if stage == 0 else mix)}
+                for task in ([list(mix)[-1]] if stage == 0 else mix)}  # the tokenizer looks at scenes: one task shows them
     per_step = batch_size // (2 if stage == 0 and "text-to-image" not in mix else 1)  # stage 0 takes all pictures of a sample
     batches = [range(step * per_step + rank, (step + 1) * per_step, world) for step in range(first, steps)]
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers, worker_init_fn=ignore_signals)
@@ -315,8 +316,7 @@ def train(stage, args, device, rank, world):
     if world > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
     stop, saved = [], first
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.append(True))
+    handlers = [signal.signal(name, lambda *_: stop.append(True)) for name in STOPS]
     evaluate_every, save_every = max(1, steps // 10), max(1, steps // 40)
     started, bar = time.time(), tqdm(loader, total=steps, initial=first, desc=f"stage {stage}", disable=rank > 0, mininterval=1)
     with bar, open(os.path.join(args.out, "log.jsonl"), "a") as log:
@@ -355,28 +355,29 @@ def train(stage, args, device, rank, world):
             if stopping or evaluate or done % save_every == 0:
                 if rank == 0:  # first the checkpoint, then everything that may fail
                     save(path, stage=stage, step=done, seconds=now, settings=settings, config=dataclasses.asdict(config),
-                         model=model.state_dict(), tokenizer=tokenizer.state_dict(),
-                         optimizers=[o.state_dict() for o in optimizers])
+                         model=model.state_dict(), tokenizer=tokenizer.state_dict(), optimizers=[o.state_dict() for o in optimizers])
                 saved = done
             if stopping:
                 break
             if evaluate and rank == 0:
-                sheet = os.path.join(args.out, f"stage{stage}.png")
                 if stage == 0:
                     result = tokenizer_quality(tokenizer, *held_out.values(), sheet, device)
                 else:
                     result = held_out_losses(model, tokenizer, held_out, 16 if args.preset == "test" else 64, device)
                     held_out_sheet(model, tokenizer, held_out, sheet, device)
-                record = {"stage": stage, "step": done, "held_out": result, "seconds": round(now, 1)}
-                print(json.dumps(record), file=log, flush=True)
+                print(json.dumps({"stage": stage, "step": done, "held_out": result, "seconds": round(now, 1)}), file=log, flush=True)
                 bar.write(f"stage {stage}, step {done}, held out: " + ", ".join(f"{k} {v}" for k, v in result.items()))
     if stopping:
         print(f"stopped: step {done} of {steps} is saved in {path}; the same command goes on", file=sys.stderr)
         sys.exit(130)
     if rank == 0:
-        print(f"stage {stage} is finished: {path}, and what it draws: {path.replace('tokenizer', 'stage0')[:-3]}.png", file=sys.stderr)
+        print(f"stage {stage} is finished: {path}, and what it draws: {sheet}", file=sys.stderr)
     if world > 1:
         dist.barrier()  # the next stage reads what the first process has just saved
+    for name, handler in zip(STOPS, handlers):
+        signal.signal(name, handler)
+    if stop:  # during the last step: all is saved, but no next stage begins
+        sys.exit(130)
 
 
 def checked(path, config, stage):
@@ -408,10 +409,10 @@ def main():
     parser.add_argument("--preset", choices=CONFIGS, default="gpu" if has_cuda else "cpu", help="model, image size and schedule")
     add_data_flags(parser)
     parser.add_argument("--mix", type=parse_mix, help='share of each task, as "segmentation=.65,text-to-image=.35"')
-    parser.add_argument("--steps", type=whole(1), help="optimizer steps of this stage (default: the preset's)")
-    parser.add_argument("--batch-size", type=whole(1), help="samples a step, over all processes (default: the preset's)")
-    parser.add_argument("--workers", type=whole(0), default=8 if has_cuda else 1, help="processes that compose samples")
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--steps", type=at_least(1), help="optimizer steps of this stage (default: the preset's)")
+    parser.add_argument("--batch-size", type=at_least(1), help="samples a step, over all processes (default: the preset's)")
+    parser.add_argument("--workers", type=at_least(0), default=8 if has_cuda else 1, help="processes that compose samples")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--out", default="out", help="folder for checkpoints, sheets and the log (default: out)")
     parser.add_argument("--device", choices=("cpu", "cuda")[:1 + has_cuda], default="cuda" if has_cuda else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: where it works, save for --preset test)")
@@ -423,18 +424,18 @@ def main():
         raise BadInput("give --stage 0, 1 or 2 (or --export FILE)")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     device = torch.device(args.device)
-    if args.compile is None:
-        args.compile = args.preset != "test" and can_compile(device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if args.compile is None:
+        args.compile = args.preset != "test" and can_compile(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # for the first one's scan
     os.makedirs(args.out, exist_ok=True)
     batch_plan(args.stage, args, world)  # said now, not after the tokenizer's half hour
     if args.stage == 1:
         if rank == 0:
-            data.Tasks(load_sources(args)[0], args.mix or MIXES[1], 8, 0)
+            data.Tasks(load_sources(args)[0], args.mix or MIXES[1], 8, 0)  # raises BadInput if these images cannot feed the tasks
         path = os.path.join(args.out, "tokenizer.pt")
         begun = checked(path, CONFIGS[args.preset], 0) if os.path.exists(path) else None
         if begun is None or begun["step"] < begun["settings"]["steps"]:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import sample
 from data import BadInput
-from sample import Parser, open_checkpoint, whole
+from sample import SHIPPED, Parser, at_least, open_checkpoint, whole_file
 from train import MIXES, save
 
 FIRST, SECOND = MIXES[1], MIXES[2]
@@ -29,7 +29,7 @@ def without(task, mix):
 
 
 ROWS = {  # name: (mix of stage 1, mix of stage 2, the paper's CP, PF, CP.PF)
-    "without stage 1": (None, SECOND, .179, .673, .120),  # as many steps in all, every one with the mix of stage 2
+    "without stage 1": (None, SECOND, .179, .673, .120),  # as many steps in all, all with stage 2's mix, at stage 1's learning rate
     "without segmentation in stage 1": (without("segmentation", FIRST), SECOND, .252, .479, .121),
     "without recovery": (FIRST, without("recovery", SECOND), .661, .284, .188),
     "without subject-driven": (FIRST, without("subject-driven", SECOND), .407, .910, .370),
@@ -44,8 +44,14 @@ def run(*command):
         sys.exit(done.returncode)
 
 
-def settings_of(args):
-    return json.dumps({name: getattr(args, name) for name in ("steps", "preset", "data", "seed", "n")})
+def claim(folder, args):
+    """A folder holds what one set of settings made, and nothing else."""
+    settings = json.dumps({name: str(getattr(args, name)) for name in ("steps", "preset", "data", "seed", "n", "tokenizer")})
+    kept = folder / "settings.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if kept.exists() and kept.read_text() != settings:
+        raise BadInput(f"{folder} was made with other settings: give the same, or another --out")
+    kept.write_text(settings)
 
 
 def take_tokenizer(checkpoint, path):
@@ -61,10 +67,9 @@ def train_row(name, args):
     folder = Path(args.out).absolute() / name.replace(" ", "-")
     before = folder.parent / "stage1" if first is FIRST else folder
     for place in (before, folder):
-        place.mkdir(parents=True, exist_ok=True)
+        claim(place, args)
         if not (place / "tokenizer.pt").exists():
             take_tokenizer(args.tokenizer, place / "tokenizer.pt")
-    (folder / "settings.json").write_text(settings_of(args))
     common = ["--preset", args.preset, "--seed", args.seed] + (["--data", args.data] if args.data else [])
 
     def stage(number, mix, steps, where):
@@ -76,7 +81,8 @@ def train_row(name, args):
     else:
         stage(1, first, args.steps[0], before)
         if before != folder and not (folder / "stage1.pt").exists():
-            shutil.copy(before / "stage1.pt", folder / "stage1.pt")
+            with whole_file(folder / "stage1.pt") as temporary:
+                shutil.copy(before / "stage1.pt", temporary)
         stage(2, second, args.steps[1], folder)
     run("tests/bench_quality.py", "--ckpt", folder / ("stage1.pt" if first is None else "stage2.pt"), "--n", args.n, "--seed", args.seed,
         "--json", folder / "quality.json", "-o", folder / "quality.png", *(["--data", args.data] if args.data else []))
@@ -85,12 +91,12 @@ def train_row(name, args):
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", choices=ROWS, help="one row (default: all that are not finished)")
-    parser.add_argument("--tokenizer", default=ROOT / "weights" / "cpu.pt", help="the checkpoint whose tokenizer all rows share")
-    parser.add_argument("--steps", type=whole(1), nargs=2, default=[900, 1500], help="of stage 1 and stage 2 (default: 900 1500)")
+    parser.add_argument("--tokenizer", default=SHIPPED, help="the checkpoint whose tokenizer all rows share")
+    parser.add_argument("--steps", type=at_least(1), nargs=2, default=[800, 1300], help="of stage 1 and stage 2 (default: 800 1300)")
     parser.add_argument("--preset", default="cpu")
     parser.add_argument("--data", help="as train.py takes it")
-    parser.add_argument("--seed", type=whole(0), default=0)
-    parser.add_argument("--n", type=whole(2), default=200, help="pictures to measure (default: 200)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--n", type=at_least(2), default=200, help="pictures to measure (default: 200)")
     parser.add_argument("--out", default="out/ablation", help="a folder a row in it (default: out/ablation)")
     args = parser.parse_args()
     table = {}
@@ -99,13 +105,13 @@ def main():
         if not result.exists() and args.row in (None, name):
             train_row(name, args)
         if result.exists():
-            if result.with_name("settings.json").read_text() != settings_of(args):
-                raise BadInput(f"{result.parent} was made with other settings: give the same, or another --out")
+            claim(result.parent, args)
             table[name] = json.loads(result.read_text())["subject-driven"]
     print("| | CP | PF | CP.PF | paper: CP | PF | CP.PF |\n|---|---|---|---|---|---|---|")
     for name, row in table.items():
         figures = [row["CP"], row["PF"], row["CP.PF"], *ROWS[name][2:]]
         print(f"| {name} |", " | ".join(f"{value:.3f}" for value in figures), "|")
+    print(f"\nOne run a row; of {args.n} cases a CP errs by up to {0.5 / args.n ** 0.5:.3f} (one standard error)")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@
 CP, concept preservation: is the drawn subject the referenced one? The cut-outs of the true subject and of 19 others are laid
 over the drawn picture, at every place and size that prompts name, mirrored or not, and a 32nd of the canvas to and fro. Whichever
 explains most of what stands out from the background is the one that was drawn. CP is the share of pictures where that is the true
-subject (chance: .05), similarity the share of it that the true subject explains.
-PF, prompt following: the share of the prompt's parts that hold: background (chance: 1/19), place (1/3) and size (1/2), so by chance .30.
+subject (chance: .05, more where fewer than 20 are held out), similarity the share of it that the true subject explains.
+PF, prompt following: the share of the prompt's parts that hold: background (chance: 1/19), place (1/3) and size (1/2), so by
+chance .30; the right background without any subject has .61.
 
-We composed the scenes, so the truth is known and no network has to judge. Three references are scored by the same code: the
-true pictures through the tokenizer (a ceiling), the reference handed back as it is (CP without PF), and the same model
-without the reference (PF without CP).
+We composed the scenes, so the truth is known and no network has to judge. Four references are scored by the same code: the
+true pictures through the tokenizer (a ceiling), their subjects' outlines filled with one colour, the mean (what an outline and
+a hue are worth), the reference handed back as it is (CP without PF), and the same model without the reference (PF without CP).
 """
 import argparse
 import itertools
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from data import AS_GIVEN, BACKGROUNDS, PLACES, SIZES, BadInput, compose, cutout, draw_background
 from mentor import GUIDANCE, fill_prompt
-from sample import Parser, draw, load_models, run, save_sheet, whole, whole_file
+from sample import Parser, at_least, draw, load_models, run, save_sheet, whole_file
 from tokenizer import psnr, to_arrays, to_images
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,6 +80,12 @@ def silhouette(sprite, image_size, placement):
     return np.asarray(compose(white, Image.new("RGB", (image_size, image_size)), placement)[1])[..., 0] >= 128
 
 
+def flattened(case):
+    """The true picture, its subject one patch of its mean colour: (H, W, 3)"""
+    mask = silhouette(cutout(case.subject), len(case.target), data.named_placement(case.size, case.place))
+    return np.where(mask[..., None], case.target[mask].mean(0), case.target).astype(np.uint8)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The judge
 
@@ -107,7 +114,8 @@ def coarse(pictures):
 
 
 def judge(pictures, cases, seed=0):
-    """pictures: uint8 (n, H, W, 3), one a case -> dict of arrays (n,): recognised, similarity, background, place, size."""
+    """pictures: uint8 (n, H, W, 3), one a case -> dict of arrays (n,): big (as asked), recognised, similarity,
+    background, place, size (each as drawn)."""
     n, size = pictures.shape[:2]
     drawn = pictures.astype(np.float32) / 255
     rng = np.random.default_rng(seed)
@@ -124,7 +132,7 @@ def judge(pictures, cases, seed=0):
     # Expanded, that is |background|^2 - 2 picture . background + 2 picture . template - |template|^2: two matrix products.
     total = ((drawn - behind) ** 2).sum((1, 2, 3)) + 1e-6
     bare = (behind ** 2 - 2 * drawn * behind).sum(3).reshape(n, -1)
-    subjects = list({case.subject.name: case.subject for case in cases}.values())
+    subjects = list(dict.fromkeys(case.subject for case in cases))
     explained, best = np.empty((n, len(subjects))), np.empty((n, len(subjects)), int)
     for j, subject in enumerate(subjects):
         pixels, masks = templates(subject, size)
@@ -133,9 +141,10 @@ def judge(pictures, cases, seed=0):
         explained[:, j], best[:, j] = gain.max(1) / total, gain.argmax(1)
 
     result = {name: np.zeros(n) for name in ("recognised", "similarity", "background", "place", "size")}
+    result["big"] = np.array([case.size == "" for case in cases])
     for i, case in enumerate(cases):
-        true = next(j for j, subject in enumerate(subjects) if subject.name == case.subject.name)
-        others = np.delete(np.arange(len(subjects)), true)
+        true = subjects.index(case.subject)
+        others = [j for j, subject in enumerate(subjects) if subject.name != case.subject.name]  # (its other views are no rivals)
         rivals = np.random.default_rng([seed, case.number]).choice(others, min(N_OTHERS, len(others)), replace=False)
         result["recognised"][i] = explained[i, true] > explained[i, rivals].max()
         result["similarity"][i] = max(0.0, explained[i, true])
@@ -150,9 +159,11 @@ def judge(pictures, cases, seed=0):
 
 def summary(result):
     """What the table says of judged pictures."""
-    mean = {name: float(values.mean()) for name, values in result.items()}
-    cp, pf = mean["recognised"], (mean["background"] + mean["place"] + mean["size"]) / 3
-    return {"CP": cp, "PF": pf, "CP.PF": cp * pf, "CP/PF": cp / max(pf, 1e-9), **{k: v for k, v in mean.items() if k != "recognised"}}
+    recognised, big = result["recognised"], result["big"]
+    mean = {name: float(result[name].mean()) for name in ("similarity", "background", "place", "size")}
+    cp, pf = float(recognised.mean()), (mean["background"] + mean["place"] + mean["size"]) / 3
+    cp_by_size = {name: float(recognised[these].sum() / max(1, these.sum())) for name, these in (("CP big", big), ("CP small", ~big))}
+    return {"CP": cp, "PF": pf, "CP.PF": cp * pf, "CP/PF": cp / max(pf, 1e-9), **cp_by_size, **mean}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +192,7 @@ def copying(drawn, cases):
 
 def cutting_out(drawn, cases):
     """Segmentation -> IoU of what is not black with the true mask, and the mean absolute colour error in it, in [0, 1].
-    (Subjects with black parts lose some: see the row of the true pictures.)"""
+    (Subjects with black parts lose some: see the row of the scenes through the tokenizer.)"""
     mask = np.stack([case.mask for case in cases])
     shown = drawn.max(3) > 40  # black after the tokenizer is not quite 0
     iou = (shown & mask).sum((1, 2)) / (shown | mask).sum((1, 2))
@@ -233,8 +244,8 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="out/stage2.pt", help="a trained model (default: out/stage2.pt)")
     parser.add_argument("--data", help="what it was trained on (default: emoji)")
-    parser.add_argument("--n", type=whole(2), default=200, help="pictures a task (default: 200)")
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--n", type=at_least(2), default=200, help="pictures a task (default: 200)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--sweep", action="store_true", help="subject-driven alone, over a grid of --cfg-image and --cfg-text")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     parser.add_argument("-o", "--output", help="the sheet to write (default: quality.png, with --sweep: sweep.png)")
@@ -264,6 +275,7 @@ def main():
     else:
         known = make_cases(trained, args.n, size, args.seed)
         shown = {"true pictures through the tokenizer": through_tokenizer(tokenizer, [case.target for case in cases], device),
+                 "true outlines in one colour": np.stack([flattened(case) for case in cases]),
                  "copy the reference": np.stack(references),
                  "ignore the reference": drawn("subject-driven", None), "subject-driven": drawn("subject-driven", references)}
         judged = judge(np.concatenate(list(shown.values())), cases * len(shown))

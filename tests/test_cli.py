@@ -129,6 +129,7 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
         (("--stage", 0, *TOY, *out, "--batch-size", "1"), "give a multiple of 2"),
         (("--export", tmp_path / "x.pt", *out), "stage2.pt: no such file"),
         (("--stage", 1, "--preset", "test", "--data", tmp_path, "--out", tmp_path / "inside"), "would be trained on"),
+        (("--stage", 1, "--preset", "test", "--data", tmp_path, "--out", tmp_path), "would be trained on"),
         ((*toy, *out, "--backgrounds", tmp_path / "none"), "no such folder"),
         (("--stage", 1, "--preset", "test", "--data", tmp_path / "plain", *out), "--mix text-to-image"),
     ]:

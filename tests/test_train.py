@@ -104,6 +104,7 @@ def run_stage(stage, out, **changes):
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         train.train(stage, argparse.Namespace(**vars(args) | changes), CPU, 0, 1)
+        assert all(signal.getsignal(name) == handler for name, handler in handlers.items())
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
@@ -147,6 +148,17 @@ def test_interrupt_saves_and_leaves_with_one_line(trained, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "is saved in" in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_a_signal_after_the_last_step_is_not_lost(trained, tmp_path, monkeypatch):
+    """The tokenizer's last evaluation may be under way: what is finished is kept, and stage 1 does not begin."""
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    monkeypatch.setattr(train, "held_out_losses", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {})
+    monkeypatch.setattr(train, "held_out_sheet", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        run_stage(2, tmp_path, steps=1)
+    assert stopped.value.code == 130
+    assert torch.load(tmp_path / "stage2.pt", weights_only=True)["step"] == 1
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(trained, tmp_path, monkeypatch):
