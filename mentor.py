@@ -288,7 +288,7 @@ class Mentor(nn.Module):
 
 GUIDANCE = {  # (cfg_image, cfg_text) that suit each task: copying wants little, composing more
     "text-to-image": (3.0, 3.0), "reconstruction": (1.0, 1.0), "segmentation": (1.5, 1.5), "recovery": (2.0, 2.0),
-    "subject-driven": (2.0, 2.0),
+    "subject-driven": (3.0, 3.0),
 }
 
 

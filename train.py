@@ -37,7 +37,7 @@ from tokenizer import Tokenizer, quality, to_arrays, to_images
 # sequences go through the transformer at once; it changes memory and speed, never the result.
 SCHEDULES = {
     "test": dict(steps=(150, 80, 80), batch_size=(32, 16, 16), lr=(2e-3, 1.2e-2, 6e-3), micro_batch=16),
-    "cpu": dict(steps=(5400, 1500, 4000), batch_size=(64, 32, 32), lr=(2e-3, 4e-3, 3e-3), micro_batch=16),
+    "cpu": dict(steps=(5400, 600, 5400), batch_size=(64, 32, 32), lr=(2e-3, 4e-3, 3e-3), micro_batch=16),
     "gpu": dict(steps=(50_000, 60_000, 60_000), batch_size=(256, 256, 256), lr=(1e-3, 1e-3, 5e-4), micro_batch=64),
     "paper": dict(steps=(200_000, 20_000, 20_000), batch_size=(128, 128, 128), lr=(2e-4, 5e-4, 1e-4), micro_batch=4),
 }
