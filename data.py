@@ -6,6 +6,7 @@ Whoever has cut-outs (an image with alpha, and a label) can make every task of t
 
     python data.py          a labelled sheet of every task's samples; --data and --backgrounds as train.py takes them
 """
+import contextlib
 import functools
 import json
 import os
@@ -200,8 +201,10 @@ def load_subjects(data=None, index=None):
         return Subjects(**scan(sources))
     places = [place for source in sources for folder, _, _ in os.walk(source) for place in (folder, f"{folder}/metadata.jsonl")]
     stamp = str((sources, [(place, os.stat(place).st_mtime_ns) for place in places if os.path.exists(place)]))
-    kept = np.load(index) if os.path.exists(index) else {"stamp": None}
-    if kept["stamp"] != stamp:
+    kept = {}
+    with contextlib.suppress(Exception):  # none yet, or damaged: the folders are looked through again
+        kept = dict(np.load(index))
+    if kept.get("stamp") != stamp:
         from sample import whole_file  # here, because sample.py imports this file
         kept = scan(sources)
         with whole_file(index) as temporary, open(temporary, "wb") as file:
@@ -216,7 +219,7 @@ def read_image(path):
             if image.mode.startswith("I"):  # 16 bits a channel, which convert() would clip
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             return ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file can fail anywhere inside pillow
         raise BadInput(f"{path}: not a readable image ({error})") from error
 
 
@@ -406,7 +409,7 @@ class Tasks:
         for pictures, indices, share in pools:
             if len(indices) and rng.uniform() < share:
                 picture = pictures[indices[rng.integers(len(indices))]]
-                return open_square(picture.path, self.size), clean_label(picture.caption, MAX_LABEL)
+                return open_square(picture.path, self.size), clean_label(picture.caption)
         return draw_background(words, self.size, rng), words
 
     def make(self, task, rng):

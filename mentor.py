@@ -290,6 +290,7 @@ GUIDANCE = {  # (cfg_image, cfg_text) that suit each task: copying wants little,
     "text-to-image": (3.0, 3.0), "reconstruction": (1.0, 1.0), "segmentation": (1.5, 1.5), "recovery": (2.0, 2.0),
     "subject-driven": (3.0, 3.0),
 }
+TEMPERATURE = 0.6
 
 
 def guidance_branches(pieces, references, cfg_image, cfg_text):
@@ -304,7 +305,7 @@ def guidance_branches(pieces, references, cfg_image, cfg_text):
 
 
 @torch.no_grad()
-def generate(model, prompts, n=1, seed=0, temperature=0.6, top_k=0, cfg_image=1.0, cfg_text=1.0):
+def generate(model, prompts, n=1, seed=0, temperature=TEMPERATURE, top_k=0, cfg_image=1.0, cfg_text=1.0):
     """Draws n pictures of each prompt.
 
     prompts: list of (pieces, references), as build_sequence takes them. All guidance branches run as one batch, and the
@@ -322,7 +323,7 @@ def generate(model, prompts, n=1, seed=0, temperature=0.6, top_k=0, cfg_image=1.
     cache, x = cache.repeat_interleave(n, 2), x.repeat_interleave(n, 0)  # rows: prompt, branch, picture
     order, lengths = order.repeat_interleave(n), lengths.repeat_interleave(n)
     patches = torch.cartesian_prod(*[torch.arange(config.side, device=device)] * 2)  # (N, 2)
-    # A picture's noise on the CPU, from its own seed: the same picture on every device and in every batch.
+    # A picture's noise on the CPU, from its own seed: the same on every device and in every batch, so the same picture but for rounding.
     noise = torch.empty(len(prompts) * n, config.n_codes, 2, config.codebook_size)
     for i, picture in enumerate(noise):
         picture.exponential_(generator=torch.Generator().manual_seed(seed + i))
@@ -375,7 +376,7 @@ def load_checkpoint(path):
 
 
 if __name__ == "__main__":  # what each preset costs, computed
-    print("preset  pixels  codes an image  block_size  parameters  to train with AdamW (fp32, 16 bytes a parameter)")
+    print("preset  pixels  codes an image  block_size  parameters  weights, gradients, AdamW (fp32, 16 bytes each; activations not)")
     for name, config in CONFIGS.items():
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Mentor(config).parameters())

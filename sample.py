@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 from data import BadInput
-from mentor import GUIDANCE, Config, Mentor, fill_prompt, generate, load_checkpoint
+from mentor import GUIDANCE, TEMPERATURE, Config, Mentor, fill_prompt, generate, load_checkpoint
 from tokenizer import Tokenizer, to_arrays, to_images
 
 
@@ -37,8 +37,8 @@ def add_data_flags(parser):
 
 def at_least(least):
     def number(text):  # an argparse type
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
+        if not text.isdecimal() or not least <= int(text) <= 10**12:  # torch takes no seed beyond 64 bits
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up (to 10^12)")
         return int(text)
     return number
 
@@ -48,7 +48,7 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (BadInput, OSError) as error:  # (a worker process wraps its error into a traceback: the last line counts)
+    except (BadInput, OSError, torch.cuda.OutOfMemoryError) as error:  # (a worker wraps its error into a traceback: the last line counts)
         print(f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
 
@@ -159,7 +159,7 @@ def main():
     parser.add_argument("-n", type=at_least(1), default=1, help="how many pictures")
     parser.add_argument("-o", "--output", default="sample.png", help="a .png, several pictures as a grid, or a folder, one PNG each (default: sample.png)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="picture i is drawn with seed + i")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest code each time (default: 0.6)")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="0 takes the likeliest code each time (default: %(default)s)")
     parser.add_argument("--top-k", type=at_least(0), default=0, help="draw from the k likeliest codes (0: from all)")
     parser.add_argument("--cfg", type=float, help="guidance, image and text alike (default: what suits the task)")
     parser.add_argument("--cfg-image", type=float, help="how closely to follow the reference (1: no guidance)")

@@ -57,7 +57,7 @@ def claim(folder, args):
 def take_tokenizer(checkpoint, path):
     """The tokenizer of any checkpoint, as a finished stage 0."""
     checkpoint = open_checkpoint(checkpoint)
-    weights = {name: w.float() if w.is_floating_point() else w for name, w in checkpoint["tokenizer"].items()}
+    weights = {name: w.float() for name, w in checkpoint["tokenizer"].items()}
     save(path, stage=0, step=1, settings={"steps": 1}, config=checkpoint["config"], model=weights, tokenizer=weights, optimizers=[])
 
 

@@ -229,7 +229,7 @@ def draw_curves(points, path):
     pen.text((270, 412), "PF, prompt following", fill="black", font=font, anchor="ma")
     pen.text((70, 14), "CP, concept preservation; beside the dots: --cfg-image", fill="black", font=font)
     for k, text in enumerate(SCALES):
-        colour = tuple(int(c) for c in np.array([(60, 90, 220), (40, 150, 160), (60, 160, 60), (220, 150, 40), (210, 50, 50)])[k])
+        colour = [(60, 90, 220), (40, 150, 160), (60, 160, 60), (220, 150, 40), (210, 50, 50)][k]
         line = [place(points[i, text][1], points[i, text][0]) for i in SCALES]
         pen.line(line, fill=colour, width=2)
         for (x, y), scale in zip(line, SCALES):

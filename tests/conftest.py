@@ -27,8 +27,7 @@ def trained(tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def model():
+def noisy_model():
     """A small transformer with no zeros in it: a fresh one ignores its prefix, since its blocks start as the identity."""
     from mentor import CONFIGS, Mentor
 
@@ -39,3 +38,6 @@ def model():
             parameter.add_(torch.randn_like(parameter) * 0.1)
         model.codebook.normal_()
     return model
+
+
+model = pytest.fixture(noisy_model)

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 import data
@@ -372,7 +372,9 @@ def test_index_is_used_until_a_folder_changes(tmp_path, monkeypatch):
     assert len(load_subjects(f"shapes,{folder}", index)) == len(first) + 1
     assert len(load_subjects("shapes", index)) == len(SHAPES)
     (tmp_path / "mine" / "metadata.jsonl").write_text('{"file_name": "a/1.png", "label": "one"}')
-    assert load_subjects(folder, index)[0].label == "one"
+    for damage in (b"", b"no archive", (tmp_path / "index.npz").read_bytes()[:300]):
+        (tmp_path / "index.npz").write_bytes(damage)
+        assert load_subjects(folder, index)[0].label == "one"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["index.npz", "mine"]
 
 
@@ -412,3 +414,13 @@ def test_exif_rotation_is_followed_and_alpha_lies_on_white(tmp_path):
 def test_labels_are_short_and_bare():
     assert data.clean_label("The quick brown fox jumps over the lazy dog.\nmore") == "quick brown fox jumps"
     assert len(data.clean_label("é" * 40).encode()) <= data.MAX_LABEL
+
+
+def test_whatever_pillow_raises_the_file_is_named(tmp_path, monkeypatch):
+    sprite(tmp_path / "a.png")
+
+    def fail(image):
+        raise struct.error("unpack requires a buffer of 4 bytes")  # a cut EXIF header, with some versions of pillow
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    with pytest.raises(BadInput, match="a.png: not a readable image"):
+        data.read_image(tmp_path / "a.png")

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TOY, script
+from conftest import ROOT, TOY, noisy_model, script
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -209,11 +209,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(trained, tmp_path):
 def one_of_two(rank, folder):
     """Half of the batch in each of two gloo processes; the first writes down the gradients."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = Mentor(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = noisy_model()
     train.has_bf16 = lambda device: False
     net, parts = DistributedDataParallel(model), list(train.micro_batches(CONFIG, toy_tokenizer(), toy_samples(16)[rank::2], 4, CPU))
     train.accumulate(net, parts, CPU)
@@ -225,11 +221,7 @@ def one_of_two(rank, folder):
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
-    torch.manual_seed(0)
-    model = Mentor(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = noisy_model()
     alone = gradients(model, list(train.micro_batches(CONFIG, toy_tokenizer(), toy_samples(16), 16, CPU)))
     for a, b in zip(alone, torch.load(tmp_path / "gradients.pt", weights_only=True)):
         assert torch.allclose(a, b, atol=1e-5)
