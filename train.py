@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -247,10 +248,18 @@ def save(path, **state):
         torch.save({"version": VERSION, **state}, temporary)
 
 
-def ignore_signals(worker):
-    """Ctrl-C and SIGTERM reach the whole group of processes: the main one stops after its step, and needs its workers until then."""
+def follow_main(worker):
+    """Ctrl-C and SIGTERM reach the whole group of processes: the main one stops after its step, and needs its workers until then.
+    Where it is killed they leave, too: by themselves they would wait for ever to hand over their last samples."""
     for name in STOPS:
         signal.signal(name, signal.SIG_IGN)
+    main_process = os.getppid()
+
+    def watch():
+        while os.getppid() == main_process:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def train(stage, args, device, rank, world):
@@ -309,7 +318,7 @@ def train(stage, args, device, rank, world):
                 for task in ([list(mix)[-1]] if stage == 0 else mix)}  # the tokenizer looks at scenes: one task shows them
     per_step = batch_size // (2 if stage == 0 and "text-to-image" not in mix else 1)  # stage 0 takes all pictures of a sample
     batches = [range(step * per_step + rank, (step + 1) * per_step, world) for step in range(first, steps)]
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers, worker_init_fn=ignore_signals)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers, worker_init_fn=follow_main)
     # Compiled once for every length that occurs (multiples of 32).
     torch._dynamo.config.recompile_limit = 64
     net = torch.compile(model, dynamic=False) if args.compile and stage else model

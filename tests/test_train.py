@@ -125,12 +125,16 @@ def test_kill_in_the_middle_then_the_same_command_gives_the_same_weights(trained
     shutil.copy(trained / "stage1.pt", tmp_path)
     command = [sys.executable, str(ROOT / "train.py"), "--stage", "2", *TOY, "--out", str(tmp_path)]
     log = tmp_path / "log.jsonl"
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     while not log.exists() or log.read_text().count('"loss"') < 4:
         time.sleep(0.05)
         assert process.poll() is None, "it ended before it could be killed"
     process.kill()
     process.wait()
+    with pytest.raises(ProcessLookupError):  # its worker leaves, too
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
     killed = torch.load(tmp_path / "stage2.pt", weights_only=True)
     assert 0 < killed["step"] < killed["settings"]["steps"]
     assert script("train.py", *command[2:]).returncode == 0
