@@ -368,8 +368,7 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # a damaged file can fail anywhere inside torch.load
-        reason = str(error).strip().split("\n")[0][:100]
-        raise ValueError(f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}: {reason})") from error
+        raise ValueError(f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__})") from error
     if checkpoint.get("version") != VERSION:
         raise ValueError(f"{path}: written by another version of this program ({checkpoint.get('version')}, here {VERSION}): train it anew")
     return checkpoint

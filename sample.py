@@ -82,7 +82,7 @@ def load_models(path, device):
 
 def which_task(ref, label, prompt):
     if label and not ref:
-        raise BadInput(f"--label {label}: says what to look for in a reference; give --ref IMAGE too, or name it in --prompt")
+        raise BadInput(f"--label {label}: says what to look for in a reference; give --ref IMAGE too, or leave --label out")
     if not ref and not prompt:
         raise BadInput("nothing to draw: give --prompt, --ref, or both (--help shows the tasks)")
     if not ref:

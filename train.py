@@ -339,7 +339,13 @@ def train(stage, args, device, rank, world):
                 parts = [[to_images([image for s in samples for image in (s["target"], *s["refs"])], device)]]
             else:
                 parts = list(micro_batches(config, tokenizer, samples, micro_batch, device))
-            loss, outputs = accumulate(net, parts, device)
+            try:
+                loss, outputs = accumulate(net, parts, device)
+            except Exception:
+                if not stop:
+                    raise
+                stopping, done = True, saved  # the signal has reached the compiler that torch.compile started, too
+                break
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not torch.isfinite(loss + norm):
                 raise BadInput(f"stage {stage}, step {step}: loss {loss.item()}, gradient {norm.item()}: training cannot go on. The "
@@ -378,7 +384,7 @@ def train(stage, args, device, rank, world):
                 bar.write(f"stage {stage}, step {done}, held out: " + ", ".join(f"{k} {v}" for k, v in result.items()))
     if stopping:
         if rank == 0:
-            print(f"stopped: step {done} of {steps} is saved in {path}; the same command goes on", file=sys.stderr)
+            print(f"stopped: {done} of {steps} steps are saved in {path}; the same command goes on", file=sys.stderr)
         sys.exit(130)
     if rank == 0:
         print(f"stage {stage} is finished: {path}, and what it draws: {sheet}", file=sys.stderr)

@@ -151,7 +151,7 @@ def test_interrupt_saves_and_leaves_with_one_line(trained, tmp_path):
         assert process.poll() is None, "it ended before it could be interrupted"
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "is saved in" in error.splitlines()[-1] and "Traceback" not in error
+    assert process.returncode == 130 and "saved in" in error.splitlines()[-1] and "Traceback" not in error
 
 
 def test_a_signal_after_the_last_step_is_not_lost(trained, tmp_path, monkeypatch):
@@ -163,6 +163,27 @@ def test_a_signal_after_the_last_step_is_not_lost(trained, tmp_path, monkeypatch
         run_stage(2, tmp_path, steps=1)
     assert stopped.value.code == 130
     assert torch.load(tmp_path / "stage2.pt", weights_only=True)["step"] == 1
+
+
+def test_a_signal_that_stops_the_compiler_too_leaves_with_one_line(trained, tmp_path, monkeypatch, capsys):
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    accumulate, steps = train.accumulate, []
+
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("C++ compile error")
+        return accumulate(*args)
+    monkeypatch.setattr(train, "accumulate", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run_stage(2, tmp_path)
+    assert stopped.value.code == 130 and "stopped: 2 of 80 steps" in capsys.readouterr().err.splitlines()[-1]
+    assert torch.load(tmp_path / "stage2.pt", weights_only=True)["step"] == 2
+    steps.clear()
+    monkeypatch.setattr(train, "accumulate", lambda *args: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):  # without a signal it is one of ours
+        run_stage(2, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(trained, tmp_path, monkeypatch):
@@ -191,7 +212,7 @@ def test_terminating_the_whole_group_saves_and_leaves_with_one_line(trained, tmp
         assert process.poll() is None, "it ended before it could be stopped"
     os.killpg(process.pid, signal.SIGTERM)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "is saved in" in error.splitlines()[-1] and "Traceback" not in error
+    assert process.returncode == 130 and "saved in" in error.splitlines()[-1] and "Traceback" not in error
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(trained, tmp_path):
