@@ -253,9 +253,8 @@ def follow_main(worker):
     Where it is killed they leave, too: by themselves they would wait for ever to hand over their last samples."""
     for name in STOPS:
         signal.signal(name, signal.SIG_IGN)
-    main_process = os.getppid()
 
-    def watch():
+    def watch(main_process=os.getppid()):
         while os.getppid() == main_process:
             time.sleep(1)
         os._exit(1)

@@ -106,6 +106,15 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         assert kept.read_text() == "kept"
 
 
+def test_out_of_gpu_memory_is_one_line(capsys):
+    def main():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+    with pytest.raises(SystemExit) as stopped:
+        sample.run(main)
+    err = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(err) == 1 and "CUDA out of memory" in err[0]
+
+
 def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unusable").mkdir()
