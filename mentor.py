@@ -1,181 +1,238 @@
-"""MENTOR in one file: an autoregressive transformer that draws an image from an interleaved prefix of text and images.
+r"""MENTOR in one file: a transformer that draws an image, patch by patch, from a prefix of text and images.
 
-    <bos> T h e _ d o g _ i n _ <boi> c1 ... cN <eoi> . \\n a _ d o g ... <boi> | t1 t2 ... tN
-    \\______ text as UTF-8 bytes, reference images as VQ codes, in the order of the prompt ____/ \\__ the picture __/
+    <bos> T h e _ d o g _ i n _ <boi> c1 ... cN <eoi> . \n a _ d o g ... <boi> | t1 t2 ... tN
+    \____ text as UTF-8 bytes, reference images as VQ codes, in the order of the prompt _____/ \ the picture /
 
-One vocabulary, one causal transformer, one loss: cross-entropy on the picture's codes (paper: arXiv 2507.09574, section 3).
-Read on in the order in which data flows: Config, the sequence, attention, block, model, generate.
+One vocabulary, one causal transformer, one loss: cross-entropy on the picture's codes (arXiv 2507.09574,
+section 3). Each c and each t is one place in the sequence: a patch, named by a few codes, coarse to fine
+(tokenizer.py). Read on in the order in which data flows: configuration, tasks, sequence, attention, block,
+model, drawing.
 """
+import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------------
+from tokenizer import BadInput, has_bf16, repeat
+
+# -----------------------------------------------------------------------------------------------------------
 # Configuration and vocabulary
 
 
 @dataclass
 class Config:
     image_size: int = 64        # pixels a side
-    downsample: int = 8         # pixels a side of the patch that one code stands for
-    codebook_size: int = 1024   # of each of the tokenizer's two codebooks: an image code is a pair, coarse and fine
+    downsample: int = 8         # pixels a side of a patch
+    n_codebooks: int = 2        # codes that name a patch, coarse to fine
+    codebook_size: int = 1024   # codes in each codebook
     code_dim: int = 8           # numbers in a codebook vector
     channels: int = 80          # width of the tokenizer
     n_layer: int = 6
     n_head: int = 4
     n_embd: int = 256
-    block_size: int = 240       # longest sequence, in tokens: text bytes, references and picture together
+    block_size: int = 256       # longest sequence, in tokens: text bytes, references and picture together
 
     @property
-    def side(self):  # codes a side of an image
+    def side(self):  # patches a side of an image
         return self.image_size // self.downsample
 
     @property
-    def n_codes(self):  # codes an image
+    def n_codes(self):  # places an image takes in a sequence, one a patch: N, where a comment gives shapes
         return self.side ** 2
 
 
 CONFIGS = {
-    "test": Config(image_size=32, codebook_size=64, channels=32, n_layer=2, n_head=2, n_embd=64, block_size=144),
+    "test": Config(image_size=32, codebook_size=64, channels=32, n_layer=2, n_head=2, n_embd=64,
+                   block_size=160),
     "cpu": Config(),
-    "gpu": Config(image_size=128, codebook_size=4096, channels=128, n_layer=12, n_head=12, n_embd=768, block_size=640),
-    "paper": Config(image_size=512, downsample=16, codebook_size=16384, channels=256, n_layer=36, n_head=20, n_embd=1280,
-                    block_size=5 * 1024 + 512),
+    "gpu": Config(image_size=128, codebook_size=4096, channels=128, n_layer=12, n_head=12, n_embd=768,
+                  block_size=640),
+    "paper": Config(image_size=512, downsample=16, n_codebooks=1, codebook_size=16384, channels=256,
+                    n_layer=36, n_head=20, n_embd=1280, block_size=5 * 1024 + 512),
 }
-BOS, BOI, EOI, PAD = 256, 257, 258, 259  # after the 256 bytes: begin of sequence, begin and end of an image, padding
-FIRST_CODE = 260  # then the image codes, coarse * codebook_size + fine: each is the sum of two vectors, not a row of a table
+# 256 bytes, then: begin of sequence, begin and end of an image, padding, and CODE, a patch of an image. Which
+# codes the patch has stands beside its id, in its place (build_sequence).
+BOS, BOI, EOI, PAD, CODE = range(256, 261)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The sequence
+# -----------------------------------------------------------------------------------------------------------
+# The tasks. To add one, colourisation say, write a row here, a method of its name in data.py (class Tasks)
+# and its share in train.py (MIXES). To draw with it, say in sample.py (which_task) what a user gives for it.
 
-PROMPTS = {  # the official code's wording; <image> is where a reference stands
-    "text-to-image": "{caption}",
-    "reconstruction": "The image is <image>\n{caption}",
-    "segmentation": "The {label} in <image>.",
-    "recovery": "The {label} in <image>.\n{caption}",
-    "subject-driven": "The {label} in <image>.\n{caption}",
+
+class Task(NamedTuple):
+    prompt: str         # the official code's wording; <image> is where a reference stands
+    cfg_image: float    # the guidance that suits it, towards the reference
+    cfg_text: float     # and towards the text: copying wants little, composing more
+    needs_cutout: bool  # False: a picture without alpha or mask will do
+
+
+TASKS = {
+    "text-to-image": Task("{caption}", 3.0, 3.0, needs_cutout=False),
+    "reconstruction": Task("The image is <image>\n{caption}", 1.0, 1.0, needs_cutout=False),
+    "segmentation": Task("The {label} in <image>.", 1.5, 1.5, needs_cutout=True),
+    "recovery": Task("The {label} in <image>.\n{caption}", 2.0, 2.0, needs_cutout=True),
+    "subject-driven": Task("The {label} in <image>.\n{caption}", 3.0, 3.0, needs_cutout=True),
 }
 
 
 def fill_prompt(task, label="", caption=""):
-    """-> the texts around the images: n + 1 strings for n images. `<image>` in a label or caption stays plain text."""
-    return [piece.format(label=label, caption=caption) for piece in PROMPTS[task].split("<image>")]
+    """-> the texts around the images: n + 1 strings for n images. `<image>` in a label stays plain text."""
+    return [piece.format(label=label, caption=caption) for piece in TASKS[task].prompt.split("<image>")]
 
 
 def hide_condition(pieces, references, hide):
-    """What training hides ("all", "images", "text" or ""), so that the model learns every branch that guidance compares."""
+    """A prompt as it is (hide ""), without its text ("text") or without text and images ("all"): what
+    guidance compares when it draws, and what training therefore hides now and then."""
     if hide == "all":
         return [""], []
-    if hide == "images":
-        return ["".join(pieces)], []
     return ([""] * len(pieces) if hide == "text" else pieces), references
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The sequence
 
 
 def build_sequence(config, pieces, references, target=None):
     """Texts with images between them -> one sequence.
 
-    pieces: strings. references: code tensors (N,), at most one behind each piece. target: the picture's codes (N,).
-    -> ids (T,), positions (T, 3). With a target the last N tokens are <boi> and all its codes but the last: each of them
-    predicts the next code. Without one, the sequence ends with <boi>, ready to draw.
-    Raises ValueError if it does not fit the block, with the number of bytes that do.
+    pieces: strings. references: codes (N, n_codebooks), at most one behind each piece. target: the picture's
+    codes. -> ids (T,), places (T, 3 + n_codebooks). With a target the last N tokens are <boi> and all its
+    patches but the last: each predicts the codes of the next patch. Without one, the sequence ends with
+    <boi>, ready to draw. Raises BadInput if it does not fit the block, with the number of bytes that do.
 
-    A position is (order, row, column), one rotary axis each. All codes of an image share one order. A code of a
-    reference stands at its own patch; a token of the picture stands at the patch it is about to PREDICT. So when the
-    model asks "what is drawn here?", the same place of a reference differs in the order alone: copying is easy to learn.
+    A place says where a token stands and, if it is a patch, what is there: (order, row, column, code, code,
+    ...). The first three turn one rotary axis each. All patches of an image share one order. A patch of a
+    reference stands at its own row and column, a token of the picture at those of the patch it is about to
+    PREDICT. So when the model asks "what is drawn here?", the same patch of a reference differs in the order
+    alone: copying is easy to learn.
     """
     grid = [(row, column) for row in range(config.side) for column in range(config.side)]
-    ids, positions, order = [BOS], [(0, 0, 0)], 1
+    no_codes = (0,) * config.n_codebooks
+    ids, places, order = [BOS], [(0, 0, 0, *no_codes)], 1
     for i, piece in enumerate(pieces):
-        text = list(piece.encode())
-        ids += text
-        positions += [(order + j, 0, 0) for j in range(len(text))]
-        order += len(text)
+        for byte in piece.encode():
+            ids.append(byte)
+            places.append((order, 0, 0, *no_codes))
+            order += 1
         if i < len(references):
-            ids += [BOI, *(references[i] + FIRST_CODE).tolist(), EOI]
-            positions += [(order, 0, 0), *((order + 1, *patch) for patch in grid), (order + 2, 0, 0)]
+            ids += [BOI] + [CODE] * config.n_codes + [EOI]
+            places.append((order, 0, 0, *no_codes))
+            places += [(order + 1, *patch, *codes) for patch, codes in zip(grid, references[i].tolist())]
+            places.append((order + 2, 0, 0, *no_codes))
             order += 3
     room = config.block_size - (len(ids) + config.n_codes)
     if room < 0:
         n_bytes = len("".join(pieces).encode())
-        raise ValueError(f"the prompt has {n_bytes} bytes of text, and {max(0, n_bytes + room)} fit: shorten it")
+        raise BadInput(f"--label and --prompt make a sentence of {n_bytes} bytes of text, "
+                       f"and {max(0, n_bytes + room)} fit: shorten them")
     ids.append(BOI)
-    if target is None:
-        positions.append((order, 0, 0))
-    else:
-        ids += (target[:-1] + FIRST_CODE).tolist()
-        positions += [(order, *patch) for patch in grid]
-    return torch.tensor(ids), torch.tensor(positions)
+    places.append((order, *grid[0], *no_codes))
+    if target is not None:
+        ids += [CODE] * (config.n_codes - 1)
+        places += [(order, *patch, *codes) for patch, codes in zip(grid[1:], target[:-1].tolist())]
+    return torch.tensor(ids), torch.tensor(places)
 
 
 def pad_sequences(sequences, multiple=1):
-    """List of (ids, positions) -> ids (B, T), positions (B, T, 3), lengths (B,), padded on the right. T is rounded up to a
-    multiple of `multiple`: torch.compile compiles each length anew, so let it meet few.
+    """List of (ids, places) -> ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,), padded on the right.
+    T is rounded up to a multiple of `multiple`: torch.compile compiles each length anew, so let it meet few.
 
-    Attention is causal, so nothing ever looks at the padding: no key mask, and no sample depends on its batch.
+    Attention is causal, so nothing looks at the padding: no key mask, and no sample depends on its batch.
     """
     lengths = torch.tensor([len(ids) for ids, _ in sequences])
     T = -(-int(lengths.max()) // multiple) * multiple
     ids = torch.stack([F.pad(ids, (0, T - len(ids)), value=PAD) for ids, _ in sequences])
-    positions = torch.stack([F.pad(p, (0, 0, 0, T - len(p))) for _, p in sequences])
-    return ids, positions, lengths
+    places = torch.stack([F.pad(p, (0, 0, 0, T - len(p))) for _, p in sequences])
+    return ids, places, lengths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The transformer
 
 
 def rms_norm(x):
-    return F.rms_norm(x, x.shape[-1:])
+    """x / sqrt(mean(x^2)) over the last axis, in fp32. (F.rms_norm takes three times as long on a CPU.)"""
+    x = x.float()
+    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + 1e-6)
 
 
 def rotary_table(positions, head_dim, side):
-    """positions (B, T, 3) -> cos, sin (B, 1, T, head_dim / 2): half of the pairs turn with the order, a quarter each with
-    row and column. At position 0 that is cos 1 and sin 0, the identity (a table of zeros would blind attention to the
-    prefix, as it did in LlamaGen). Rows and columns turn fast, from half a turn a patch to half a turn an image of
-    `side` patches: neighbours must be told apart by a single step for a patch to be copied and not blurred."""
-    half, quarter = head_dim // 4, head_dim // 8
+    """positions (B, T, 3) -> cos, sin (B, 1, T, head_dim), as `rotate` takes them.
+
+    Half of the pairs turn with the order, a quarter each with row and column. At position 0 that is cos 1 and
+    sin 0, the identity (a table of zeros would blind attention to the prefix, as it did in LlamaGen). Rows
+    and columns turn fast, from half a turn a patch to half a turn an image of `side` patches: neighbours must
+    be told apart by a single step for a patch to be copied and not blurred.
+    """
+    half, quarter = head_dim // 4, head_dim // 8  # of the head_dim / 2 pairs
     angles = []
-    for axis, pairs, fastest, base in ((0, half, 1.0, 10000), (1, quarter, torch.pi, side), (2, quarter, torch.pi, side)):
-        frequency = fastest * base ** (-torch.arange(pairs, device=positions.device) / pairs)
-        angles.append(positions[:, None, :, axis, None] * frequency)  # (B, 1, T, pairs)
-    angles = torch.cat(angles, -1)
-    return angles.cos(), angles.sin()
+    for axis, n_pairs, fastest, base in ((0, half, 1.0, 10000), (1, quarter, torch.pi, side),
+                                         (2, quarter, torch.pi, side)):
+        frequency = fastest * base ** (-torch.arange(n_pairs, device=positions.device) / n_pairs)
+        angles.append(positions[:, None, :, axis, None] * frequency)  # (B, 1, T, n_pairs)
+    angles = torch.cat(angles, -1)  # (B, 1, T, head_dim / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):
-    a, b = x.chunk(2, -1)  # (B, n_head, T, head_dim / 2) each
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+    """Pairs (a, b) of x (..., head_dim), first all a, then all b -> (a cos - b sin, b cos + a sin)"""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(head_dim) + mask) v: q (B, n_head, T, head_dim), k and v (B, n_head, S, head_dim).
+    Without a mask it is causal. (On a CPU in bf16 the formula takes half the time of torch's kernel for
+    it.)"""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    if mask is None:
+        mask = torch.full((q.shape[2], q.shape[2]), -torch.inf, dtype=q.dtype).triu(1)  # (T, T)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, n_head, T, S)
+    return (scores + mask).softmax(-1) @ v
+
+
+class KVCache(NamedTuple):
+    """A layer's keys and values, and where the tokens at hand stand among them. Prefill has a prompt's tokens
+    at hand, a decode step the last patch of each picture; they differ in nothing else."""
+    keys: torch.Tensor    # (B, n_head, S, head_dim)
+    values: torch.Tensor  # (B, n_head, S, head_dim)
+    slots: torch.Tensor   # (T,): which of the S are theirs
+    mask: torch.Tensor    # (B, 1, T, S) or (T, S): 0 where they look, -inf where not
+
+    def update(self, k, v):
+        """Keeps the keys and values of the tokens at hand (B, n_head, T, head_dim) -> those of all."""
+        self.keys.index_copy_(2, self.slots, k.to(self.keys.dtype))
+        self.values.index_copy_(2, self.slots, v.to(self.values.dtype))
+        return self.keys, self.values
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        # Three matrices, since Muon (train.py) orthogonalises each alone; `drawing_copy` joins them for good.
+        self.qkv = nn.ParameterList(torch.empty(config.n_embd, config.n_embd) for _ in range(3))
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.gain = nn.Parameter(torch.empty(config.n_head, 1, 1))  # QK-norm fixes the lengths; this sets how sharp
+        self.gain = nn.Parameter(torch.empty(config.n_head, 1, 1))  # QK-norm fixes lengths; this sharpens
 
-    def forward(self, x, rotary, cache=None, index=None):
-        """x (B, T, n_embd) -> (B, T, n_embd). cache: in prefill a list, to which keys and values are appended; in a decode
-        step (T = 1) this layer's (2, B, n_head, S, head_dim), and index (B,) says where in it each row's token stands."""
+    def forward(self, x, rotary, cache=None):
+        """x (B, T, n_embd) -> (B, T, n_embd). Without a cache x is all that there is to look at."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_dim)
-        q, k = rotate(rms_norm(q) * self.gain, *rotary), rotate(rms_norm(k), *rotary)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast keeps norms in fp32 on some devices
-        if index is None:
-            if cache is not None:
-                cache.append(torch.stack((k, v)))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        matrix = torch.cat(tuple(self.qkv)) if len(self.qkv) > 1 else self.qkv[0]  # (3 * n_embd, n_embd)
+        qkv = F.linear(x.to(matrix.dtype), matrix).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_dim)
+        q, k = rotate(rms_norm(qkv[:2]), *rotary)  # in fp32
+        q, v = q * self.gain, qkv[2]
+        if cache is None:
+            y = attend(q.to(v.dtype), k.to(v.dtype), v)
         else:
-            keys, values = cache  # (B, n_head, S, head_dim)
-            place = index.view(B, 1, 1, 1).expand_as(k)
-            keys.scatter_(2, place, k)
-            values.scatter_(2, place, v)
-            seen = torch.arange(keys.shape[2], device=x.device) <= index[:, None]  # (B, S)
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+            keys, values = cache.update(k, v)  # (B, n_head, S, head_dim)
+            y = attend(q.to(keys.dtype), keys, values, cache.mask)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C).to(v.dtype))
 
 
 class MLP(nn.Module):
@@ -185,7 +242,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.proj(F.relu(self.fc(x)).square())
+        return self.proj(F.relu(self.fc(x.to(self.fc.weight.dtype))).square())
 
 
 class Block(nn.Module):
@@ -194,8 +251,8 @@ class Block(nn.Module):
         self.attention = CausalSelfAttention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary, cache=None, index=None):
-        x = x + self.attention(rms_norm(x), rotary, cache, index)
+    def forward(self, x, rotary, cache=None):
+        x = x + self.attention(rms_norm(x), rotary, cache)
         return x + self.mlp(rms_norm(x))
 
 
@@ -203,100 +260,117 @@ class Mentor(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(FIRST_CODE + 2 * config.codebook_size, config.n_embd)  # text, coarse, fine
+        self.text_embedding = nn.Embedding(CODE, config.n_embd)  # bytes and specials
+        self.code_embedding = nn.Embedding(config.n_codebooks * config.codebook_size, config.n_embd)
         self.code_proj = nn.Linear(config.code_dim, config.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.fine_mlp = MLP(config)
-        self.register_buffer("codebook", torch.zeros(2, config.codebook_size, config.code_dim))  # the tokenizer's
+        self.level_mlps = nn.ModuleList(MLP(config) for _ in range(config.n_codebooks - 1))
+        self.head_gain = nn.Parameter(torch.empty(config.n_codebooks))
+        codebooks = torch.zeros(config.n_codebooks, config.codebook_size, config.code_dim)
+        self.register_buffer("codebooks", codebooks)  # the tokenizer's
         self.init_weights()
 
     def init_weights(self):
-        """embedding normal .02; code_proj normal .04 (similar codes start similar); qkv and fc uniform with the variance
-        1 / n_embd; both proj zero (a block starts as the identity); gain 1.5."""
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        """embeddings normal .02; code_proj normal .04 (similar codes start similar); qkv and fc uniform with
+        variance 1 / n_embd; every proj zero (a block starts as the identity); gain 1.5; head_gain 8 /
+        n_embd: an untrained model hands its input on and would else be sure that the last code comes again;
+        so its loss is chance's."""
+        nn.init.normal_(self.text_embedding.weight, std=0.02)
+        nn.init.normal_(self.code_embedding.weight, std=0.02)
         nn.init.normal_(self.code_proj.weight, std=0.04)
+        nn.init.constant_(self.head_gain, 8 / self.config.n_embd)
         bound = (3 / self.config.n_embd) ** 0.5
         for block in self.blocks:
-            nn.init.uniform_(block.attention.qkv.weight, -bound, bound)
+            for matrix in block.attention.qkv:
+                nn.init.uniform_(matrix, -bound, bound)
             nn.init.zeros_(block.attention.proj.weight)
             nn.init.constant_(block.attention.gain, 1.5)
-        for mlp in (*(block.mlp for block in self.blocks), self.fine_mlp):
+        for mlp in (*(block.mlp for block in self.blocks), *self.level_mlps):
             nn.init.uniform_(mlp.fc.weight, -bound, bound)
             nn.init.zeros_(mlp.proj.weight)
 
-    def code_vectors(self):
-        """Coarse and fine vectors (2, codebook_size, n_embd): an embedding each plus a projection of the codebook's.
-        An image code enters as the sum of its two. The same vectors are the head: what attention copies from a reference
-        is at once the logit of that code."""
-        return self.embedding.weight[FIRST_CODE:].view(2, -1, self.config.n_embd) + self.code_proj(self.codebook)
+    def code_table(self):
+        """A vector for every code (n_codebooks, codebook_size, n_embd): an embedding plus a projection of
+        what the code means to the tokenizer. A patch enters as the sum of its codes' vectors. The same
+        vectors are the head: what attention copies from a reference is at once the logit of that code."""
+        vectors = self.code_proj(self.codebooks.to(self.code_proj.weight.dtype))
+        return vectors + self.code_embedding.weight.view(vectors.shape)
 
-    def hidden(self, ids, positions, cache=None, index=None):
-        """ids (B, T), positions (B, T, 3) -> the last block's output, normalised (B, T, n_embd)."""
-        coarse, fine = self.code_vectors()
-        codes = (ids - FIRST_CODE).clamp_min(0)  # (B, T): coarse * K + fine, 0 where there is text
-        images = F.embedding(codes // len(fine), coarse) + F.embedding(codes % len(fine), fine)
-        text = F.embedding(ids.clamp_max(FIRST_CODE - 1), self.embedding.weight[:FIRST_CODE])
-        x = rms_norm(torch.where((ids < FIRST_CODE)[..., None], text, images))
-        rotary = rotary_table(positions, self.config.n_embd // self.config.n_head, self.config.side)
+    def look_up(self, codes, table):
+        """The codes of a patch, or only its coarser ones (..., n) -> the sum of their vectors (...,
+        n_embd)"""
+        return sum(F.embedding(codes[..., level], table[level]) for level in range(codes.shape[-1]))
+
+    def embed(self, ids, codes, table):
+        """ids (B, T), codes (B, T, n_codebooks) -> (B, T, n_embd): text by its id, patches by their codes."""
+        text = self.text_embedding(ids.clamp_max(CODE - 1))
+        return torch.where((ids == CODE)[..., None], self.look_up(codes, table), text)
+
+    def rotary(self, positions):
+        return rotary_table(positions, self.config.n_embd // self.config.n_head, self.config.side)
+
+    def hidden(self, x, rotary, caches=None):
+        """What `embed` and `rotary` made of the tokens -> the last block's output, normalised (B, T,
+        n_embd)."""
+        x = rms_norm(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, cache if index is None else cache[i], index)
+            x = block(x, rotary, caches[i] if caches else None)
         return rms_norm(x)
 
-    def coarse_logits(self, x):
-        """The last block's output (..., n_embd) -> logits of the coarse half of the code it predicts (..., codebook_size)"""
-        return F.linear(x, self.code_vectors()[0]).float()
+    def logits(self, x, coarser, table):
+        """Logits of one code of the patch that x (..., n_embd) predicts -> (..., codebook_size), fp32.
+        coarser (..., level): the codes of the patch that are known; they say which level comes next."""
+        level = coarser.shape[-1]
+        if level > 0:
+            known = rms_norm(self.look_up(coarser, table))
+            x = x + self.level_mlps[level - 1](rms_norm(x + known))
+        return F.linear(x.to(table.dtype), table[level]).float() * self.head_gain[level]
 
-    def fine_logits(self, x, coarse):
-        """The same output, told the coarse half (...) -> logits of the fine half (..., codebook_size)"""
-        coarse_vectors, fine_vectors = self.code_vectors()
-        x = x + self.fine_mlp(rms_norm(x + rms_norm(F.embedding(coarse, coarse_vectors))))
-        return F.linear(x, fine_vectors).float()
+    def forward(self, ids, places, lengths, target):
+        """A sequence's loss: cross-entropy on the picture's codes, and only there are the heads computed.
 
-    def forward(self, ids, positions, lengths, target):
-        """A sequence's loss: cross-entropy on the picture's codes alone, and only there are the heads computed.
-
-        ids (B, T), positions (B, T, 3), lengths (B,) without padding, target (B, N) -> (B,), nats a code, both halves.
+        ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,) without padding, target (B, N, n_codebooks)
+        -> (B,), nats a patch: the sum over its codes.
         """
-        x = self.hidden(ids, positions)  # (B, T, n_embd)
-        N, K = target.shape[1], self.config.codebook_size
-        last = lengths[:, None] - N + torch.arange(N, device=ids.device)  # (B, N): the tokens that predict the picture
-        x = x.gather(1, last[..., None].expand(-1, -1, x.shape[2]))  # (B, N, n_embd)
-        coarse, fine = self.coarse_logits(x), self.fine_logits(x, target // K)  # (B, N, codebook_size)
-        loss = F.cross_entropy(coarse.transpose(1, 2), target // K, reduction="none")
-        return (loss + F.cross_entropy(fine.transpose(1, 2), target % K, reduction="none")).mean(1)
-
-    # -- drawing
-
-    @torch.no_grad()
-    def prefill(self, ids, positions, lengths):
-        """The whole prefix at once -> the output that predicts the first code (B, n_embd), and the cache of keys and values
-        with room for the picture, (n_layer, 2, B, n_head, T + N, head_dim)."""
-        layers = []
-        x = self.hidden(ids, positions, layers)
-        x = x[torch.arange(len(ids), device=ids.device), lengths - 1]  # (B, n_embd)
-        return x, F.pad(torch.stack(layers), (0, 0, 0, self.config.n_codes))
-
-    @torch.no_grad()
-    def decode(self, codes, positions, index, cache):
-        """One more code each: codes (B,), positions (B, 3), index (B,) in the cache -> output (B, n_embd).
-        Every shape is static and the cache is written in place, as torch.compile wants it (tried on the CPU alone)."""
-        return self.hidden(codes[:, None] + FIRST_CODE, positions[:, None], cache, index)[:, 0]
+        table = self.code_table()
+        x = self.embed(ids, places[..., 3:], table)  # (B, T, n_embd)
+        x = self.hidden(x, self.rotary(places[..., :3]))
+        N = target.shape[1]
+        last = lengths[:, None] - N + torch.arange(N, device=ids.device)  # (B, N): they predict the picture
+        x = x.gather(1, last[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)  # (B * N, n_embd)
+        loss, codes = 0.0, target.flatten(0, 1)  # (B * N, n_codebooks)
+        for level in range(self.config.n_codebooks):
+            logits = self.logits(x, codes[:, :level], table)  # (B * N, codebook_size)
+            loss = loss + F.cross_entropy(logits, codes[:, level], reduction="none")
+        return loss.view(-1, N).mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Drawing with guidance
 
-GUIDANCE = {  # (cfg_image, cfg_text) that suit each task: copying wants little, composing more
-    "text-to-image": (3.0, 3.0), "reconstruction": (1.0, 1.0), "segmentation": (1.5, 1.5), "recovery": (2.0, 2.0),
-    "subject-driven": (3.0, 3.0),
-}
 TEMPERATURE = 0.6
+GROUP_SIZE = 8  # pictures side by side: more would share more of the prompt, but compute more that is masked
+
+
+def drawing_copy(model):
+    """The model with its matrices in bf16 where the hardware multiplies it: cast once, not at every use."""
+    if not has_bf16(model.head_gain.device):
+        return model
+    cast = {id(parameter): parameter for parameter in model.parameters()}  # what deepcopy takes, uncopied
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            cast[id(module.weight)] = nn.Parameter(module.weight.bfloat16())
+        if isinstance(module, CausalSelfAttention):
+            cast[id(module.qkv)] = nn.ParameterList([torch.cat(tuple(module.qkv)).bfloat16()])
+    return copy.deepcopy(model, cast)
 
 
 def guidance_branches(pieces, references, cfg_image, cfg_text):
-    """logits = null + cfg_image (image only - null) + cfg_text (full - image only), written as a weighted sum.
+    """logits = null + cfg_image (image only - null) + cfg_text (full - image only), written as a weighted
+    sum.
 
-    -> [(weight, pieces, references)], leaving out what weighs nothing: guidance of 1 is the conditional model alone.
+    -> [(weight, pieces, references)] without what weighs nothing: guidance of 1 is the conditional model
+    alone.
     """
     branches = [(cfg_text, pieces, references),
                 (cfg_image - cfg_text, *hide_condition(pieces, references, "text")),
@@ -304,80 +378,123 @@ def guidance_branches(pieces, references, cfg_image, cfg_text):
     return [branch for branch in branches if abs(branch[0]) > 1e-6]
 
 
+def draw_codes(logits, uniform, temperature, top_k):
+    """Draws a code a row by one number from [0, 1) each: the first code up to which the probabilities add up
+    to it.
+
+    logits (B, codebook_size), uniform (B,) -> (B,). Temperature 0 takes the likeliest; top_k 0 draws from
+    all.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    cumulative = (logits / temperature).softmax(-1).cumsum(-1)  # (B, codebook_size)
+    passed = cumulative <= uniform[:, None] * cumulative[:, -1:]
+    return passed.sum(-1).clamp_max(logits.shape[-1] - 1)
+
+
+class Drawing:
+    """The pictures of one `generate` while they are drawn.
+
+    The G pictures of a group are tokens at hand beside each other: after the prompt that they share, each
+    sees its own patches alone. Rows go prompt by prompt, guidance branch by branch, group by group. All that
+    a step reads or writes is allocated before and changed in place, and no step brings a number to Python: so
+    a CUDA graph can replay it, and torch.compile can take it.
+    """
+
+    def __init__(self, model, prompts, n, seed, temperature, top_k, cfg_image, cfg_text):
+        config, device = model.config, model.head_gain.device
+        self.model, self.top_k, self.table = drawing_copy(model), top_k, None
+        levels = config.n_codebooks
+        self.temperatures = temperature if isinstance(temperature, list) else [temperature] * levels
+        n_groups = -(-n // GROUP_SIZE)
+        self.G = -(-n // n_groups)
+        self.n_drawn = n_groups * self.G  # pictures of a prompt: n, and a few that fill the groups
+        # The numbers that decide picture i come from its own seed: the same on every device and in every
+        # batch.
+        seeds = [seed + first + i for first in range(0, n * len(prompts), n) for i in range(self.n_drawn)]
+        uniform = [torch.rand(config.n_codes, levels, generator=torch.Generator().manual_seed(number))
+                   for number in seeds]
+        self.uniform = torch.stack(uniform).to(device)  # (pictures, N, n_codebooks)
+        self.codes = torch.zeros(self.uniform.shape, dtype=torch.long, device=device)
+        self.patch = torch.zeros(1, dtype=torch.long, device=device)  # the one that is drawn next
+
+        branches = [guidance_branches(*prompt, cfg_image, cfg_text) for prompt in prompts]
+        self.weights = torch.tensor([weight for weight, _, _ in branches[0]], device=device)  # every prompt's
+        sequences = [build_sequence(config, *prompt) for row in branches for _, *prompt in row]
+        self.prefill(*(x.to(device) for x in pad_sequences(sequences)), n_groups)
+
+    def prefill(self, ids, places, lengths, n_groups):
+        """Runs the transformer over the prompts: ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,)."""
+        model, config, device, N = self.model, self.model.config, ids.device, self.model.config.n_codes
+        (B, T), last = ids.shape, (torch.arange(len(ids), device=device), lengths - 1)
+        S = T + self.G * N  # slots: the prompt, then N for each picture of the group
+        self.table = model.code_table()
+        dtype = torch.float32 if device.type == "cpu" else self.table.dtype  # a CPU attends faster in fp32
+        keys, values = torch.zeros(2, config.n_layer, B, config.n_head, S, config.n_embd // config.n_head,
+                                   dtype=dtype, device=device)
+        causal = torch.full((T, S), -torch.inf, dtype=dtype, device=device).triu(1)
+        caches = [KVCache(k, v, torch.arange(T, device=device), causal) for k, v in zip(keys, values)]
+        x = model.embed(ids, places[..., 3:], self.table)
+        x = model.hidden(x, model.rotary(places[..., :3]), caches)[last]  # (B, n_embd)
+
+        # From here on a row is a group of pictures in a branch.
+        self.x = x.repeat_interleave(n_groups * self.G, 0)  # (rows * G, n_embd): what predicts the next patch
+        grid = torch.cartesian_prod(*[torch.arange(config.side, device=device)] * 2)  # (N, 2)
+        order = places[last][:, None, :1].expand(-1, N, -1)  # (B, N, 1)
+        positions = torch.cat((order, grid.expand(B, -1, -1)), 2)  # (B, N, 3)
+        self.rotary = model.rotary(positions.repeat_interleave(n_groups, 0))  # (rows, 1, N, head_dim) each
+        self.slots = T + N * torch.arange(self.G, device=device)
+        unseen = torch.arange(S, device=device) >= lengths[:, None]  # (B, S)
+        mask = torch.zeros(B, S, dtype=dtype, device=device).masked_fill(unseen, -torch.inf)
+        mask = mask[:, None, None].repeat(1, 1, self.G, 1)
+        self.mask = mask.repeat_interleave(n_groups, 0)  # (rows, 1, G, S)
+        self.caches = [KVCache(k.repeat_interleave(n_groups, 0), v.repeat_interleave(n_groups, 0), self.slots,
+                               self.mask) for k, v in zip(keys, values)]
+
+    def to_branches(self, x):
+        """(pictures, ...) -> the same for every branch (rows * G, ...)"""
+        x = x.unflatten(0, (-1, 1, self.n_drawn))  # (prompts, 1, n_drawn, ...)
+        return x.expand(-1, len(self.weights), *x.shape[2:]).flatten(0, 2)
+
+    def guide(self, logits):
+        """The branches' logits (rows * G, codebook_size) -> their weighted sum (pictures, codebook_size)"""
+        logits = logits.unflatten(0, (-1, len(self.weights), self.n_drawn))  # (prompts, branches, n_drawn, K)
+        return (logits * self.weights[:, None, None]).sum(1).flatten(0, 1)
+
+    def draw_patch(self):
+        """Draws the codes of the next patch of every picture, coarse to fine, each told the coarser ones."""
+        uniform = self.uniform.index_select(1, self.patch)[:, 0]  # (pictures, n_codebooks)
+        codes = self.codes[:, 0, :0]  # (pictures, 0)
+        for level, temperature in enumerate(self.temperatures):
+            logits = self.guide(self.model.logits(self.x, self.to_branches(codes), self.table))
+            code = draw_codes(logits, uniform[:, level], temperature, self.top_k)
+            codes = torch.cat((codes, code[:, None]), 1)
+        self.codes.index_copy_(1, self.patch, codes[:, None])
+
+    def step(self):
+        """The transformer reads the patch that was drawn last (decode), and the next one is drawn."""
+        codes = self.codes.index_select(1, self.patch)[:, 0]  # (pictures, n_codebooks)
+        x = self.to_branches(self.model.look_up(codes, self.table))
+        x = x.unflatten(0, (-1, self.G))  # (rows, G, n_embd)
+        self.patch.add_(1)
+        rotary = [table.index_select(2, self.patch) for table in self.rotary]  # (rows, 1, 1, head_dim) each
+        self.mask.scatter_(3, self.slots.view(1, 1, -1, 1).expand(len(x), 1, -1, 1), 0)
+        self.x.copy_(self.model.hidden(x, rotary, self.caches).flatten(0, 1))
+        self.slots.add_(1)
+        self.draw_patch()
+
+
 @torch.no_grad()
 def generate(model, prompts, n=1, seed=0, temperature=TEMPERATURE, top_k=0, cfg_image=1.0, cfg_text=1.0):
-    """Draws n pictures of each prompt.
+    """Draws n pictures of each prompt -> codes (len(prompts) * n, N, n_codebooks).
 
-    prompts: list of (pieces, references), as build_sequence takes them. All guidance branches run as one batch, and the
-    n pictures of a prompt share its prefill. Row i of the result uses the noise of seed + i, whatever is drawn beside it.
-    -> codes (len(prompts) * n, N)
+    prompts: list of (pieces, references), as build_sequence takes them. temperature: a number, or a list of
+    one a codebook. Row i of the result uses the random numbers of seed + i, whatever is drawn beside it.
     """
-    config, device = model.config, model.embedding.weight.device
-    rows = [guidance_branches(*prompt, cfg_image, cfg_text) for prompt in prompts]
-    weights = torch.tensor([w for w, _, _ in rows[0]], device=device)  # the same for every prompt
-    ids, positions, lengths = pad_sequences([build_sequence(config, p, r) for row in rows for _, p, r in row])
-    ids, positions, lengths = ids.to(device), positions.to(device), lengths.to(device)
-    order = positions[torch.arange(len(ids), device=device), lengths - 1, 0]  # the picture's own order
-
-    x, cache = model.prefill(ids, positions, lengths)
-    cache, x = cache.repeat_interleave(n, 2), x.repeat_interleave(n, 0)  # rows: prompt, branch, picture
-    order, lengths = order.repeat_interleave(n), lengths.repeat_interleave(n)
-    patches = torch.cartesian_prod(*[torch.arange(config.side, device=device)] * 2)  # (N, 2)
-    # A picture's noise on the CPU, from its own seed: the same on every device and in every batch, so the same picture but for rounding.
-    noise = torch.empty(len(prompts) * n, config.n_codes, 2, config.codebook_size)
-    for i, picture in enumerate(noise):
-        picture.exponential_(generator=torch.Generator().manual_seed(seed + i))
-    noise = noise.to(device)
-
-    def choose(logits, noise):
-        """Guided logits of all branches, and a picture's noise -> what is drawn (len(prompts) * n,)"""
-        branches = logits.view(len(prompts), len(weights), n, -1)
-        guided = (branches * weights[None, :, None, None]).sum(1).flatten(0, 1)  # (len(prompts) * n, codebook_size)
-        if top_k:
-            guided = guided.masked_fill(guided < guided.topk(min(top_k, guided.shape[-1])).values[:, -1:], -torch.inf)
-        if temperature > 0:  # probabilities over exponential noise: their argmax is a draw from the softmax
-            guided = (guided / temperature).softmax(-1) / noise
-        return guided.argmax(-1)
-
-    def to_branches(chosen):
-        return chosen.view(len(prompts), 1, n).expand(-1, len(weights), -1).flatten()
-
-    codes = []
-    for i in range(config.n_codes):
-        if i > 0:
-            x = model.decode(to_branches(codes[-1]), torch.cat((order[:, None], patches[i].expand(len(order), 2)), 1), lengths + i - 1, cache)
-        coarse = choose(model.coarse_logits(x), noise[:, i, 0])
-        fine = choose(model.fine_logits(x, to_branches(coarse)), noise[:, i, 1])
-        codes.append(coarse * config.codebook_size + fine)
-    return torch.stack(codes, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-VERSION = 2  # of the files: raised whenever older ones no longer fit
-
-
-def load_checkpoint(path):
-    """-> dict(config, stage, model, tokenizer, ...): tensors and plain values alone; nothing in the file is executed.
-    Raises ValueError, in words for the user, on a file that is missing, truncated or holds anything else."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Config(**checkpoint["config"]), checkpoint["model"], checkpoint["tokenizer"], checkpoint["stage"]
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # a damaged file can fail anywhere inside torch.load
-        raise ValueError(f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__})") from error
-    if checkpoint.get("version") != VERSION:
-        raise ValueError(f"{path}: written by another version of this program ({checkpoint.get('version')}, here {VERSION}): train it anew")
-    return checkpoint
-
-
-if __name__ == "__main__":  # what each preset costs, computed
-    print("preset  pixels  codes an image  block_size  parameters  weights, gradients, AdamW (fp32, 16 bytes each; activations not)")
-    for name, config in CONFIGS.items():
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in Mentor(config).parameters())
-        print(f"{name:6} {config.image_size:7} {config.n_codes:15} {config.block_size:11} {parameters / 1e6:9.1f}M"
-              f" {parameters * 16 / 2**30:9.2f} GiB")
+    drawing = Drawing(model, prompts, n, seed, temperature, top_k, cfg_image, cfg_text)
+    drawing.draw_patch()
+    repeat(drawing.step, model.config.n_codes - 1, drawing.codes.device)
+    return drawing.codes.unflatten(0, (len(prompts), -1))[:, :n].flatten(0, 1)

@@ -1,38 +1,229 @@
 """Draws pictures. The task follows from what is given:
 
-    python sample.py --ref dog.png --label dog --prompt "a dog on the beach"     this dog, in a new scene
-    python sample.py --ref dog.png --label dog                                   the dog, cut out, on black
-    python sample.py --ref dog.png                                               the picture itself, redrawn (--prompt may describe it)
-    python sample.py --prompt "a dog on the beach"                               text alone
-    python sample.py --prompt "a small cat in space" -n 8 -o cats.png            eight pictures, as one grid
+    python sample.py --ref dog.png --label dog --prompt "a dog on the beach"    this dog, in a new scene
+    python sample.py --ref dog.png --label dog                                  the dog, cut out, on black
+    python sample.py --ref dog.png                      the picture itself, redrawn (--prompt may describe it)
+    python sample.py --prompt "a dog on the beach"                              text alone
+    python sample.py --prompt "a small cat in space" -n 8 -o cats.png           eight pictures, as one grid
 """
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
+import signal
 import sys
-import textwrap
+import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.distributed as dist
+from PIL import Image
 
-import data
-from data import BadInput
-from mentor import GUIDANCE, TEMPERATURE, Config, Mentor, fill_prompt, generate, load_checkpoint
-from tokenizer import Tokenizer, to_arrays, to_images
+from data import IMAGE_ENDINGS, clean_label, clean_text
+from mentor import (TASKS, TEMPERATURE, Config, Mentor, build_sequence, fill_prompt, generate, hide_condition,
+                    pad_sequences)
+from tokenizer import (BadInput, Tokenizer, autocast, from_bytes, open_square, quality, save_sheet, to_arrays,
+                       to_images, whole_file)
+
+# -----------------------------------------------------------------------------------------------------------
+# From a prompt to pictures
+
+VERSION = 3  # of the checkpoints: raised whenever older ones no longer fit
+SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "cpu.pt")
+
+
+def load_checkpoint(path):
+    """-> dict(config, stage, model, tokenizer, ...): tensors and plain values; nothing in the file is
+    executed. Raises BadInput on a file that is missing, damaged, or of another version."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["config"], checkpoint["model"], checkpoint["tokenizer"], checkpoint["stage"]
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except Exception as error:  # a damaged file can fail anywhere inside torch.load
+        what = f"not a checkpoint of this program, or damaged ({type(error).__name__})"
+        raise BadInput(f"{path}: {what}") from error
+    version = checkpoint.get("version")
+    if version != VERSION:
+        raise BadInput(f"{path}: written by another version of this program ({version}, here {VERSION}): "
+                       "train it anew")
+    return checkpoint
+
+
+def save_checkpoint(path, **state):
+    with whole_file(path) as temporary:
+        torch.save({"version": VERSION, **state}, temporary)
+
+
+def export(source, path):
+    """Tokenizer and transformer of a stage 2, in half precision, nothing else: what drawing needs."""
+    checkpoint = load_checkpoint(source)
+    if "settings" not in checkpoint or os.path.realpath(path) == os.path.realpath(source):
+        raise BadInput(f"--export {path}: {source} is exported already, or would be overwritten: "
+                       "give another name or --out")
+    if checkpoint["step"] < checkpoint["settings"]["steps"]:
+        say(f"{source} is not finished (step {checkpoint['step']}): exporting it all the same")
+    half = {part: {name: weight.half() for name, weight in checkpoint[part].items()}
+            for part in ("model", "tokenizer")}
+    save_checkpoint(path, config=checkpoint["config"], stage=2, step=checkpoint["step"], **half)
+    print(f"wrote {path}, {os.path.getsize(path) / 1e6:.1f} MB")
+
+
+def load_models(path, device):
+    """A checkpoint -> (transformer, tokenizer), ready to draw. Raises BadInput."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint["stage"] == 0:
+        raise BadInput(f"--ckpt {path} holds the tokenizer alone: give a stage1.pt or stage2.pt")
+    try:
+        config = Config(**checkpoint["config"])
+        model, tokenizer = Mentor(config), Tokenizer(config)
+        model.load_state_dict(checkpoint["model"])
+        tokenizer.load_state_dict(checkpoint["tokenizer"])
+    except (RuntimeError, TypeError):
+        raise BadInput(f"--ckpt {path}: its weights do not fit its own configuration") from None
+    return model.to(device).eval(), tokenizer.to(device).eval()
+
+
+@torch.no_grad()
+def draw(model, tokenizer, prompts, **how):
+    """prompts: list of (pieces, references), the texts around the references and the references, uint8 (H, W,
+    3). how: as mentor.generate takes it -> uint8 (len(prompts) * n, H, W, 3). Raises BadInput where a text is
+    too long."""
+    device = model.head_gain.device
+    encoded = [(pieces, tokenizer.encode(to_images(references, device)).cpu() if references else [])
+               for pieces, references in prompts]
+    return to_arrays(tokenizer.decode(generate(model, encoded, **how)))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# From samples to batches
+
+
+class Batch(NamedTuple):
+    """Sequences without their codes, which only the tokenizer knows: workers lay out, the device encodes."""
+    pictures: torch.Tensor  # uint8 (n, H, W, 3): the targets of all rows, then their references
+    ids: torch.Tensor       # (B, T)
+    places: torch.Tensor    # (B, T, 4): for its codes, a patch's number among all patches of the pictures
+    lengths: torch.Tensor   # (B,)
+
+
+def collate(config, size, samples):
+    """Samples, sorted by length and split -> list of Batch, `size` rows each: short sequences are not padded
+    to the longest. The batches are of equal size, so the mean of their losses is the loss of all samples."""
+    prompts = [hide_condition(fill_prompt(s.task, s.label, s.caption), s.references, s.hide) for s in samples]
+    rows = [(pieces, references, s.target) for s, (pieces, references) in zip(samples, prompts)]
+    rows.sort(key=lambda row: (len(row[1]), len("".join(row[0]).encode())))
+    return [lay_out(config, rows[i:i + size]) for i in range(0, len(rows), size)]
+
+
+def lay_out(config, rows):
+    """rows: list of (pieces, references, target), pictures uint8 (H, W, 3) -> Batch"""
+    one_number = dataclasses.replace(config, n_codebooks=1)  # a patch, for now
+    pictures, sequences = [target for _, _, target in rows], []
+    for i, (pieces, references, _) in enumerate(rows):
+        shown = [i, *range(len(pictures), len(pictures) + len(references))]  # the target, the references
+        target, *numbers = [config.n_codes * k + torch.arange(config.n_codes)[:, None] for k in shown]
+        sequences.append(build_sequence(one_number, pieces, numbers, target))
+        pictures += references
+    # Compiled once for each length that occurs, so only multiples of 32 do.
+    return Batch(torch.from_numpy(np.stack(pictures)), *pad_sequences(sequences, multiple=32))
+
+
+@torch.no_grad()
+def fill_codes(tokenizer, batch, device):
+    """A Batch -> what Mentor.forward takes: ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,), target
+    codes (B, N, n_codebooks)."""
+    pictures, ids, places, lengths = (x.to(device, non_blocking=True) for x in batch)
+    codes = tokenizer.encode(from_bytes(pictures))  # (n, N, n_codebooks)
+    numbers = places[..., 3]  # (B, T); at a byte of text 0, whose codes are never looked at
+    return ids, torch.cat((places[..., :3], codes.flatten(0, 1)[numbers]), -1), lengths, codes[:len(ids)]
+
+
+def stack_pictures(samples):
+    """Stage 0: all pictures of the samples -> [uint8 (B, H, W, 3)]"""
+    return [torch.from_numpy(np.stack([image for s in samples for image in (s.target, *s.references)]))]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Looking at what a model has learnt
+
+
+@torch.no_grad()
+def held_out_losses(model, tokenizer, datasets, n, device):
+    """Cross-entropy per task in nats a patch, and two gains: how much worse the model does with the next
+    sample's reference, or text, in place of its own. A gain of 0 means that it does not look. They are taken
+    on the subject-driven task, in stage 1 on segmentation, and left out where a mix has neither."""
+    losses, looked_at = {}, "subject-driven" if "subject-driven" in datasets else "segmentation"
+
+    def mean_loss(samples):
+        total = 0.0
+        for batch in collate(model.config, 16, [sample._replace(hide="") for sample in samples]):
+            with autocast(device):
+                total += model(*fill_codes(tokenizer, batch, device)).sum().item()
+        return total / len(samples)
+
+    for task, dataset in datasets.items():
+        samples = [dataset[i] for i in range(n)]
+        losses[task] = mean_loss(samples)
+        if task == looked_at:
+            pairs = list(zip(samples, samples[1:] + samples[:1]))
+            other_reference = [a._replace(references=b.references) for a, b in pairs]
+            other_text = [a._replace(label=b.label, caption=b.caption) for a, b in pairs]
+            losses["reference gain"] = mean_loss(other_reference) - losses[task]
+            losses["prompt gain"] = mean_loss(other_text) - losses[task]
+    return {name: round(value, 4) for name, value in losses.items()}
+
+
+def evaluate(model, tokenizer, held_out, sheet):
+    """held_out: task -> data.Tasks. -> figures of the transformer, or of the tokenizer if that is the model;
+    sheet: where to draw what it makes of the first samples."""
+    if model is tokenizer:
+        dataset, = held_out.values()
+        return quality(tokenizer, [dataset[i].target for i in range(256)], sheet)
+    device, n = model.head_gain.device, 64 if model.config.n_embd > 64 else 16
+    losses = held_out_losses(model, tokenizer, held_out, n, device)
+    first = {task: [dataset[i] for i in range(6)] for task, dataset in held_out.items()}
+    draw_samples(model, tokenizer, first, sheet)
+    return losses
+
+
+def draw_samples(model, tokenizer, samples, path):
+    """samples: task -> list of data.Sample. Draws each into one labelled picture: reference, target,
+    drawn."""
+    rows = {}
+    for task, row in samples.items():
+        prompts = [(fill_prompt(task, s.label, s.caption), s.references) for s in row]
+        guidance = {"cfg_image": TASKS[task].cfg_image, "cfg_text": TASKS[task].cfg_text}
+        rows[task] = row, draw(model, tokenizer, prompts, **guidance)
+    save_samples(rows, path)
+
+
+def save_samples(rows, path):
+    """rows: task -> (list of data.Sample, what was drawn of each, or None) -> one labelled PNG"""
+    sheet = []
+    for task, (samples, drawn) in rows.items():
+        columns = ["reference"] * bool(samples[0].references) + ["target"] + ["drawn"] * (drawn is not None)
+        cells = []
+        for i, s in enumerate(samples):
+            images = [*s.references, s.target, *(() if drawn is None else [drawn[i]])]
+            cells.append(("<image>".join(fill_prompt(task, s.label, s.caption)), images))
+        sheet.append((f"{task}: {', '.join(columns)}", cells))
+    save_sheet(sheet, path)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# How a script speaks and stops
+
+STOPS = (signal.SIGINT, signal.SIGTERM)  # training saves, and leaves
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(f"{message} (--help lists everything)")
-
-
-def add_data_flags(parser):
-    parser.add_argument("--data", help="emoji, shapes or a folder of images; several with commas between (default: emoji)")
-    parser.add_argument("--backgrounds", metavar="DIR", help="photographs to place subjects on, each named by a .txt beside it, its file name or its folder")
 
 
 def at_least(least):
@@ -43,46 +234,108 @@ def at_least(least):
     return number
 
 
-def run(main):
+def from_zero(text):  # an argparse type
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 up")
+    return number
+
+
+def parse_mix(text):
+    """An argparse type: 'segmentation=.65,text-to-image=.35' -> dict that sums to 1, in the order of
+    TASKS."""
+    mix = {}
+    for item in text.split(","):
+        task, _, share = item.partition("=")
+        if task not in TASKS:
+            raise BadInput(f"--mix: no task {task!r} (there are {', '.join(TASKS)})")
+        try:
+            mix[task] = float(share)
+        except ValueError:
+            raise BadInput(f"--mix: {item!r} is not a share (write {task}=0.5)") from None
+    if not all(0 <= share < math.inf for share in mix.values()) or sum(mix.values()) == 0:
+        raise BadInput(f"--mix {text}: shares must be numbers from 0 up, and not all 0")
+    return {task: mix[task] / sum(mix.values()) for task in TASKS if task in mix}
+
+
+def add_device_flag(parser):
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[-1])
+
+
+def run_script(main):
+    """Calls a script's main. What the user can mend ends in one line and exit code 2; a bug keeps its
+    traceback."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (BadInput, OSError, torch.cuda.OutOfMemoryError) as error:  # (a worker wraps its error into a traceback: the last line counts)
-        print(f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+    except (BadInput, torch.cuda.OutOfMemoryError) as error:
+        message = str(error).strip().splitlines()[-1]  # (a worker wraps its error into a traceback)
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
 
 
-SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "cpu.pt")
+def rank():
+    return int(os.environ.get("RANK", 0))  # set by torchrun
 
 
-def open_checkpoint(path):
-    """load_checkpoint for scripts: what is wrong with the file is for the user to mend."""
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(text):
+    if rank() == 0:
+        print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Ctrl-C and SIGTERM lengthen the list that this gives, instead of ending the program."""
+    stop = []
+    handlers = [signal.signal(name, lambda *_: stop.append(True)) for name in STOPS]
     try:
-        return load_checkpoint(path)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
+        yield stop
+    finally:
+        for name, handler in zip(STOPS, handlers):
+            signal.signal(name, handler)
 
 
-def load_models(path, device):
-    """A checkpoint -> (transformer, tokenizer), ready to draw. Raises BadInput."""
-    checkpoint = open_checkpoint(path)
-    if checkpoint["stage"] == 0:
-        raise BadInput(f"--ckpt {path} holds the tokenizer alone: give a stage1.pt or stage2.pt")
-    config = Config(**checkpoint["config"])
-    model = Mentor(config)
-    tokenizer = Tokenizer(config.downsample, config.codebook_size, config.code_dim, config.channels)
-    try:
-        model.load_state_dict(checkpoint["model"])
-        tokenizer.load_state_dict(checkpoint["tokenizer"])
-    except RuntimeError:
-        raise BadInput(f"--ckpt {path}: its weights do not fit its own configuration") from None
-    return model.to(device).eval(), tokenizer.to(device).eval()
+def any_process(flag, device):
+    """Whether the flag is up in any process: a signal reaches them at different steps, and they stop
+    together."""
+    if world() == 1:
+        return bool(flag)
+    votes = torch.tensor(float(bool(flag)), device=device)
+    dist.all_reduce(votes)
+    return votes.item() > 0
+
+
+def follow_main(worker):
+    """Ctrl-C and SIGTERM reach the whole group of processes: the main one stops after its step, and needs its
+    workers until then. Where it is killed they leave, too: by themselves they would wait for ever to hand
+    over their samples."""
+    for name in STOPS:
+        signal.signal(name, signal.SIG_IGN)
+
+    def watch(main_process=os.getppid()):
+        while os.getppid() == main_process:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def which_task(ref, label, prompt):
     if label and not ref:
-        raise BadInput(f"--label {label}: says what to look for in a reference; give --ref IMAGE too, or leave --label out")
+        raise BadInput(f"--label {label}: says what to look for in a reference; give --ref IMAGE too, "
+                       "or leave it out")
     if not ref and not prompt:
         raise BadInput("nothing to draw: give --prompt, --ref, or both (--help shows the tasks)")
     if not ref:
@@ -90,116 +343,63 @@ def which_task(ref, label, prompt):
     return "reconstruction" if not label else "subject-driven" if prompt else "segmentation"
 
 
-@torch.no_grad()
-def draw(model, tokenizer, prompts, **how):
-    """prompts: list of (pieces, references), the texts around the references and the references, uint8 (H, W, 3).
-    how: as mentor.generate takes it -> uint8 (len(prompts) * n, H, W, 3). Raises ValueError where a text does not fit the block."""
-    device = model.embedding.weight.device
-    encoded = [(pieces, tokenizer.encode(to_images(references, device)).cpu() if references else []) for pieces, references in prompts]
-    return to_arrays(tokenizer.decode(generate(model, encoded, **how)))
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Gives a temporary name to write to, then moves it to `path`: a file is there whole or not at all."""
-    temporary = f"{path}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise BadInput(f"{path}: cannot be written (is the disk full? {error}); what was there before is untouched") from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def save_sheet(rows, path):
-    """rows: list of (title, cells), a cell being (caption, list of uint8 (H, W, 3) images) -> one labelled PNG."""
-    big = max(96, rows[0][1][0][1][0].shape[0])  # small pictures are enlarged
-    columns = max(len(cells) for _, cells in rows)
-    wide = max(len(images) for _, cells in rows for _, images in cells) * (big + 2) + 10
-    high = big + 24 + (30 if any(caption for _, cells in rows for caption, _ in cells) else 0)
-    sheet = Image.new("RGB", (columns * wide + 10, len(rows) * high + 6), "white")
-    pen = ImageDraw.Draw(sheet)
-    for r, (title, cells) in enumerate(rows):
-        pen.text((10, r * high + 4), title, fill="black", font=ImageFont.load_default(14))
-        for c, (caption, images) in enumerate(cells):
-            x, y = 10 + c * wide, r * high + 24
-            for i, image in enumerate(images):
-                sheet.paste(Image.fromarray(image).resize((big, big), Image.Resampling.LANCZOS), (x + i * (big + 2), y))
-            lines = textwrap.wrap(caption, max(10, (wide - 10) // 6))[:2]
-            pen.text((x, y + big), "\n".join(lines), fill=(90, 90, 90), font=ImageFont.load_default(12))
-    with whole_file(path) as temporary:
-        sheet.save(temporary, "PNG")
-
-
-def show_data():
-    """python data.py"""
-    parser = Parser(description=data.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_flags(parser)
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("-o", "--output", default="data.png", help="the PNG to write (default: data.png)")
-    args = parser.parse_args()
-    subjects = data.load_subjects(args.data)
-    backgrounds = data.load_subjects(args.backgrounds) if args.backgrounds else ()
-    samples = {task: [data.Tasks(subjects, {task: 1.0}, 64, args.seed, True, backgrounds)[i] for i in range(6)]
-               for task in data.TASKS[:5 if subjects.table["has_cutout"].any() else 2]}
-    save_sheet([(f"{task}: {'reference, ' if row[0]['refs'] else ''}target",
-                 [("<image>".join(fill_prompt(task, s["label"], s["caption"])), [*s["refs"], s["target"]]) for s in row])
-                for task, row in samples.items()], args.output)
-    print(f"wrote {args.output}: {subjects.said}; {subjects.table['held_out'].sum()} images are held out")
-
-
-def main():
+def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ref", metavar="IMAGE", help="any image file; its centred square is used")
     parser.add_argument("--label", default="", help="what to look for in the reference")
     parser.add_argument("--prompt", default="", help="the picture to draw, in words")
     parser.add_argument("-n", type=at_least(1), default=1, help="how many pictures")
-    parser.add_argument("-o", "--output", default="sample.png", help="a .png, several pictures as a grid, or a folder, one PNG each (default: sample.png)")
+    parser.add_argument("-o", "--output", default="sample.png",
+                        help="a .png, several pictures as a grid, or a folder (default: sample.png)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="picture i is drawn with seed + i")
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="0 takes the likeliest code each time (default: %(default)s)")
-    parser.add_argument("--top-k", type=at_least(0), default=0, help="draw from the k likeliest codes (0: from all)")
-    parser.add_argument("--cfg", type=float, help="guidance, image and text alike (default: what suits the task)")
-    parser.add_argument("--cfg-image", type=float, help="how closely to follow the reference (1: no guidance)")
-    parser.add_argument("--cfg-text", type=float, help="how closely to follow the text (1: no guidance)")
-    parser.add_argument("--ckpt", help="a trained model (default: out/stage2.pt if it is there, else the shipped weights/cpu.pt)")
-    parser.add_argument("--device", choices=("cpu", "cuda")[:1 + torch.cuda.is_available()],
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--temperature", type=from_zero, nargs="+", default=[TEMPERATURE],
+                        help="0 takes the likeliest codes (default: 0.6); or one a codebook, coarse to fine")
+    parser.add_argument("--top-k", type=at_least(0), default=0, help="draw from the k likeliest (0: all)")
+    parser.add_argument("--cfg", type=from_zero, help="guidance, for image and text (default: the task's)")
+    parser.add_argument("--cfg-image", type=from_zero, help="how closely to follow the reference")
+    parser.add_argument("--cfg-text", type=from_zero, help="how closely to follow the text")
+    parser.add_argument("--ckpt", help="a trained model (default: out/stage2.pt, or else weights/cpu.pt)")
+    add_device_flag(parser)
     args = parser.parse_args()
-    if os.path.splitext(args.output)[1].lower() in data.IMAGE_ENDINGS - {".png"}:
-        raise BadInput(f"-o {args.output}: pictures are written as PNG: give a name that ends in .png, or a folder")
+    if os.path.splitext(args.output)[1].lower() in IMAGE_ENDINGS - {".png"}:
+        raise BadInput(f"-o {args.output}: pictures are written as PNG: give a name that ends in .png, "
+                       "or a folder")
+    return args
+
+
+def main():
+    args = parse_args()
     task = which_task(args.ref, args.label, args.prompt)
     if task == "reconstruction" and args.prompt:
-        print("a reference without --label is copied: name its subject with --label to draw it as --prompt says", file=sys.stderr)
-    for name in ("temperature", "cfg", "cfg_image", "cfg_text"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be a number from 0 up")
-    path = args.ckpt or next((p for p in (os.path.join("out", "stage2.pt"), SHIPPED) if os.path.exists(p)), None)
-    if path is None:
-        raise BadInput("no trained model: neither out/stage2.pt nor weights/cpu.pt is there (python train.py --stage 1, then 2)")
+        say("a reference without --label is copied; with --label its subject is drawn as --prompt says")
+    trained = os.path.join("out", "stage2.pt")
+    path = args.ckpt or (trained if os.path.exists(trained) else SHIPPED)
     model, tokenizer = load_models(path, torch.device(args.device))
-    references = [np.asarray(data.open_square(args.ref, model.config.image_size))] if args.ref else []
-    image, text = (args.cfg if args.cfg is not None else preset for preset in GUIDANCE[task])
+    levels = model.config.n_codebooks
+    if len(args.temperature) not in (1, levels):
+        raise BadInput(f"--temperature: give one number, or {levels}, one for each codebook of {path}")
+    temperature = args.temperature if len(args.temperature) > 1 else args.temperature[0]
+    cfg_image, cfg_text = TASKS[task].cfg_image, TASKS[task].cfg_text
+    if args.cfg is not None:
+        cfg_image = cfg_text = args.cfg
+    cfg_image = cfg_image if args.cfg_image is None else args.cfg_image
+    cfg_text = cfg_text if args.cfg_text is None else args.cfg_text
+    references = [np.asarray(open_square(args.ref, model.config.image_size))] if args.ref else []
+    prompt = fill_prompt(task, clean_label(args.label), clean_text(args.prompt))  # as words were in training
     started = time.time()
-    try:
-        prompt = fill_prompt(task, args.label.lower(), args.prompt.lower())  # as all words were in training
-        pictures = draw(model, tokenizer, [(prompt, references)], n=args.n, seed=args.seed, temperature=args.temperature, top_k=args.top_k,
-                        cfg_image=image if args.cfg_image is None else args.cfg_image,
-                        cfg_text=text if args.cfg_text is None else args.cfg_text)
-    except ValueError as error:
-        raise BadInput(f"--prompt: {error}") from error
+    pictures = draw(model, tokenizer, [(prompt, references)], n=args.n, seed=args.seed, top_k=args.top_k,
+                    temperature=temperature, cfg_image=cfg_image, cfg_text=cfg_text)
     seconds = (time.time() - started) / args.n
 
-    paths = [os.path.join(args.output, f"{args.seed + i}.png") for i in range(args.n)]
-    if args.output.lower().endswith(".png"):
+    as_grid = args.output.lower().endswith(".png") and args.n > 1
+    if as_grid:
         paths = [args.output]
-    if len(pictures) > len(paths):
         cells = [(f"seed {args.seed + i}", [picture]) for i, picture in enumerate(pictures)]
-        save_sheet([(args.prompt or args.label if i == 0 else "", cells[i:i + 4]) for i in range(0, args.n, 4)], args.output)
+        titles = [args.prompt or args.label] + [""] * args.n
+        save_sheet([(titles[i // 4], cells[i:i + 4]) for i in range(0, args.n, 4)], args.output)
     else:
+        in_folder = [os.path.join(args.output, f"{args.seed + i}.png") for i in range(args.n)]
+        paths = [args.output] if args.output.lower().endswith(".png") else in_folder
         for name, picture in zip(paths, pictures):
             with whole_file(name) as temporary:
                 Image.fromarray(picture).save(temporary, "PNG")
@@ -207,4 +407,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

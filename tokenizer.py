@@ -1,71 +1,320 @@
-"""The VQ image tokenizer: an image becomes a few rows of codes, and codes become an image.
+"""The ground floor: pictures in, pictures out, and the VQ tokenizer that turns them into codes and back.
 
-    images (B, 3, H, W) in [-1, 1]  --encode-->  codes (B, N), N = (H / downsample)^2  --decode-->  images
+    images (B, 3, H, W) in [-1, 1]  --encode-->  codes (B, N, n_codebooks)  --decode-->  images
+    N = (H / downsample)^2 patches, row by row; a patch has one code from each codebook, coarse to fine
 
-A convolutional encoder, two codebooks, a convolutional decoder. A patch's vector is a unit vector (LlamaGen: dimension 8,
-l2-normalised); the first codebook names it coarsely, the second what is then still missing (residual quantisation). The
-pair is one code, coarse * codebook_size + fine: a patch stays one place in the transformer's sequence.
-The first layer already sees patches of downsample / 2 pixels, and the decoder ends with them: convolutions at full
-resolution would cost most of the time on a small machine. Normalisation is per position, never over the image, so that
-a subject that moves by whole patches keeps its codes.
+The tokenizer is a convolutional encoder, a residual quantiser, a convolutional decoder. The encoder says a
+unit vector a patch (LlamaGen, arXiv 2406.06525: dimension 8, l2-normalised). Residual quantisation names it
+step by step: the first codebook takes its nearest vector, each further codebook the nearest to what the
+coarser ones leave; their sum stands for the patch. The first layer already sees patches of downsample / 2
+pixels, and the decoder ends with them: convolutions at full resolution would cost most of the time on a small
+machine. Normalisation is per position, never over the image, so that a subject that moves by whole patches
+keeps its codes.
 """
+import contextlib
+import functools
+import os
+import sys
+import textwrap
+import warnings
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 
-class Block(nn.Module):
-    """x + conv(silu(conv(norm(x)))), 3 x 3; starts as the identity. The weights are kept as the matrices that they are,
-    (channels, 3 * 3 * channels), because Muon trains matrices."""
+class BadInput(Exception):
+    """What the user can mend: ends a script with one line and exit code 2. Any other exception is a bug of
+    ours."""
+
+
+def has_bf16(device):
+    """Whether the hardware multiplies bf16: CUDA since Ampere, CPUs with avx512_bf16 (others emulate it
+    slowly)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+# Of dense bf16 matrices, a second, by their maker's data sheets; a multiplication and an addition count as
+# two.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def peak_flops(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+
+
+def can_compile(device):
+    """Whether torch.compile works here; says so where it does not."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
+        return True
+    except Exception as error:  # no C++ compiler, no Triton
+        why = str(error).strip().splitlines()[0][:100]
+        print(f"torch.compile does not work here ({why}): training slower, without it", file=sys.stderr)
+        return False
+
+
+def repeat(step, times, device):
+    """Calls step() so many times; on CUDA as the replay of a graph, without a word from Python between
+    kernels."""
+    if device.type != "cuda":
+        for _ in range(times):
+            step()
+        return
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):  # what a first call sets up must not be captured; these steps count
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(times - 3):
+        graph.replay()
+
+
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Pictures in: from files, from the emoji font, drawn by code
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 megapixels are no picture
+BLACK, WHITE = (0, 0, 0, 255), (255, 255, 255, 255)
+
+
+def read_image(path, least=None):
+    """Any image file, turned as its EXIF says -> RGB image, or RGBA where the file has alpha.
+
+    least: pixels that either side has to keep. A JPEG that has many more is decoded at half, a quarter or an
+    eighth of its size, which takes a tenth of the time. Raises BadInput, naming the file.
+    """
+    try:
+        with Image.open(path) as image:
+            if least:
+                image.draft(None, (least, least))
+            if image.mode.startswith("I"):  # 16 bits a channel, which convert() would clip
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            has_alpha = image.has_transparency_data
+            return ImageOps.exif_transpose(image).convert("RGBA" if has_alpha else "RGB")
+    except Exception as error:  # a damaged file can fail anywhere inside pillow
+        raise BadInput(f"{path}: not a readable image ({error})") from error
+
+
+def alpha_cuts_out(path):
+    """Whether a file's alpha channel hides a part of it: an opaque one makes no cut-out. Raises as pillow
+    does."""
+    with Image.open(path) as image:  # reads the header; the pixels are decoded only where it promises alpha
+        if not image.has_transparency_data:
+            return False
+        least, most = image.convert("RGBA").getchannel("A").getextrema()
+    if most < 128:
+        raise ValueError("nothing in it is opaque")
+    return least < 128
+
+
+def over(image, colour):
+    """An RGB or RGBA image -> RGB image; where it is clear, `colour` (RGBA) shows."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
+    return image.convert("RGB")
+
+
+def open_square(path, size):
+    """Any image file as a picture -> RGB image, size x size: the centred square, alpha on white. Raises
+    BadInput."""
+    image = read_image(path, least=2 * size)
+    side = min(image.size)
+    left, top = ((n - side) / 2 for n in image.size)
+    square = (left, top, left + side, top + side)
+    return over(image.resize((size, size), Image.Resampling.BICUBIC, square, reducing_gap=3), WHITE)
+
+
+EMOJI_FONTS = {  # file: the one pixel size that its bitmaps have (Debian, Arch, Fedora, macOS, Windows)
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf": 109, "/usr/share/fonts/noto/NotoColorEmoji.ttf": 109,
+    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf": 109,
+    "/System/Library/Fonts/Apple Color Emoji.ttc": 160, "C:/Windows/Fonts/seguiemj.ttf": 128}
+
+
+@functools.cache
+def emoji_font():
+    found = (ImageFont.truetype(path, size) for path, size in EMOJI_FONTS.items() if os.path.exists(path))
+    return next(found, None)
+
+
+def draw_emoji(char):
+    font = emoji_font()
+    image = Image.new("RGBA", (2 * font.size, 2 * font.size))
+    ImageDraw.Draw(image).text((font.size // 4, font.size // 4), char, font=font, embedded_color=True)
+    return image
+
+
+SHAPES = {"circle": 0, "triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6,  # corners,
+          "star": -5, "sun": -8, "cross": -4}                                    # or points
+COLOURS = {"red": (220, 40, 40), "green": (50, 170, 70), "blue": (50, 90, 220), "yellow": (240, 210, 50),
+           "purple": (150, 60, 190), "orange": (245, 140, 40), "white": (240, 240, 240),
+           "grey": (120, 120, 120)}
+
+
+def draw_shape(recipe):
+    shape, outer, inner = recipe.split()
+    image, corners = Image.new("RGBA", (128, 128)), SHAPES[shape]
+    for radius, colour in ((60, outer), (30, inner)):
+        n = 64 if corners == 0 else abs(corners) * (1 if corners > 0 else 2)
+        radii = [radius * (0.45 if corners < 0 and i % 2 else 1) for i in range(n)]
+        turns = [2 * np.pi * i / n for i in range(n)]
+        points = [(64 + r * np.sin(turn), 64 - r * np.cos(turn)) for r, turn in zip(radii, turns)]
+        ImageDraw.Draw(image).polygon(points, fill=COLOURS[colour])
+    return image
+
+
+def to_images(arrays, device):
+    """uint8 (H, W, 3) arrays -> (B, 3, H, W) in [-1, 1]"""
+    return from_bytes(torch.from_numpy(np.stack(arrays)).to(device))
+
+
+def from_bytes(pictures):
+    """uint8 (B, H, W, 3) -> (B, 3, H, W) in [-1, 1], on the same device"""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Pictures out
+
+
+def to_arrays(images):
+    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)"""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Gives a temporary name to write to, then moves it to `path`: a file is there whole or not at all."""
+    temporary = f"{path}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        what = f"cannot be written (is the disk full? {error}); what was there before is untouched"
+        raise BadInput(f"{path}: {what}") from error
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{path}: no such folder, and none can be made ({error.strerror})") from error
+
+
+def save_sheet(rows, path):
+    """rows: list of (title, cells), a cell being (caption, list of uint8 (H, W, 3) images) -> one labelled
+    PNG."""
+    cells = [cell for _, row in rows for cell in row]
+    # Pixels a side; small pictures are enlarged.
+    shown = max(96, *(len(image) for _, images in cells for image in images))
+    cell_width = max(len(images) for _, images in cells) * (shown + 2) + 10
+    row_height = shown + 24 + (30 if any(caption for caption, _ in cells) else 0)
+    columns = max(len(row) for _, row in rows)
+    sheet = Image.new("RGB", (columns * cell_width + 10, len(rows) * row_height + 6), "white")
+    pen, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(12)
+    for r, (title, row) in enumerate(rows):
+        pen.text((10, r * row_height + 4), title, fill="black", font=large)
+        for c, (caption, images) in enumerate(row):
+            x, y = 10 + c * cell_width, r * row_height + 24
+            for i, image in enumerate(images):
+                enlarged = Image.fromarray(image).resize((shown, shown), Image.Resampling.LANCZOS)
+                sheet.paste(enlarged, (x + i * (shown + 2), y))
+            lines = textwrap.wrap(caption, max(10, (cell_width - 10) // 6))[:2]
+            pen.text((x, y + shown), "\n".join(lines), fill=(90, 90, 90), font=small)
+    with whole_file(path) as temporary:
+        sheet.save(temporary, "PNG")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(norm(x)))), 3 x 3; starts as the identity.
+
+    The weights are parameters of two dimensions, (channels, 3 * 3 * channels), and not an nn.Conv2d's of
+    four: the optimizer of train.py, Muon, trains a layer as the matrix that it is, and torch's takes no other
+    shape.
+    """
 
     def __init__(self, channels):
         super().__init__()
         bound = (9 * channels) ** -0.5
         self.conv1 = nn.Parameter(torch.empty(channels, 9 * channels).uniform_(-bound, bound))
         self.conv2 = nn.Parameter(torch.zeros(channels, 9 * channels))
-        self.bias1, self.bias2 = (nn.Parameter(torch.zeros(channels)) for _ in range(2))
+        self.bias1 = nn.Parameter(torch.zeros(channels))
+        self.bias2 = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):  # (B, C, h, w)
+        y = F.rms_norm(x.permute(0, 2, 3, 1), (x.shape[1],)).permute(0, 3, 1, 2)  # over C, at each position
+        y = F.silu(self.conv(y, self.conv1, self.bias1))
+        return x + self.conv(y, self.conv2, self.bias2)
+
+    @staticmethod
+    def conv(x, matrix, bias):
         C = x.shape[1]
-        conv1, conv2 = (w.view(C, 3, 3, C).permute(0, 3, 1, 2) for w in (self.conv1, self.conv2))  # (C, C, 3, 3)
-        y = F.rms_norm(x.permute(0, 2, 3, 1), (C,)).permute(0, 3, 1, 2)  # over C, position by position
-        y = F.silu(F.conv2d(y, conv1, self.bias1, padding=1))
-        return x + F.conv2d(y, conv2, self.bias2, padding=1)
+        kernel = matrix.view(C, 3, 3, C).permute(0, 3, 1, 2)  # (C out, C in, 3, 3)
+        return F.conv2d(x, kernel, bias, padding=1)
+
+
+def nearest(vectors, codebook):
+    """Which of a codebook's vectors (codebook_size, code_dim) is the nearest: (..., code_dim) -> (...)"""
+    flat, half_squares = vectors.flatten(0, -2), codebook.pow(2).sum(-1) / 2
+    # |v - c|^2 is smallest where v . c - |c|^2 / 2 is largest. 4,096 rows at a time: all at once would take
+    # gigabytes.
+    found = [(rows @ codebook.T - half_squares).argmax(-1) for rows in flat.split(4096)]
+    return torch.cat(found).view(vectors.shape[:-1])
 
 
 class Tokenizer(nn.Module):
-    def __init__(self, downsample=8, codebook_size=1024, code_dim=8, channels=80):
-        """downsample: pixels a side of the patch that one code stands for, an even number.
-        codebook_size: of each of the two codebooks.
-        channels: width of the networks at half that patch; twice as wide where the codes are.
+    def __init__(self, config):
+        """config: mentor.Config, of which it takes downsample, n_codebooks, codebook_size, code_dim and
+        channels (the width of the networks at patches of downsample / 2; twice as wide where the codes are).
 
         The decoder is twice as deep as the encoder: naming a patch is easier than drawing it.
         """
         super().__init__()
-        stem, wide = downsample // 2, 2 * channels
+        code_dim, channels = config.code_dim, config.channels
+        stem, wide = config.downsample // 2, 2 * channels
         self.encoder = nn.Sequential(                       # (B, 3, H, W)
             nn.Conv2d(3, channels, stem, stride=stem),      # (B, channels, 2h, 2w), h = H / downsample
-            Block(channels),
+            ResidualBlock(channels),
             nn.Conv2d(channels, wide, 2, stride=2),         # (B, 2 channels, h, w)
-            Block(wide),
+            ResidualBlock(wide),
             nn.Conv2d(wide, code_dim, 1),                   # (B, code_dim, h, w)
         )
         self.decoder = nn.Sequential(                       # (B, code_dim, h, w)
             nn.Conv2d(code_dim, wide, 3, padding=1),        # (B, 2 channels, h, w)
-            Block(wide),
-            Block(wide),
+            ResidualBlock(wide),
+            ResidualBlock(wide),
             nn.Conv2d(wide, 4 * channels, 1),
             nn.PixelShuffle(2),                             # (B, channels, 2h, 2w)
-            Block(channels),
-            Block(channels),
+            ResidualBlock(channels),
+            ResidualBlock(channels),
             nn.Conv2d(channels, 3 * stem * stem, 3, padding=1),
             nn.PixelShuffle(stem),                          # (B, 3, H, W)
         )
-        scale = torch.tensor([1.0, 0.3]).view(2, 1, 1)  # what a unit vector leaves is shorter
-        self.codebook = nn.Parameter(scale * F.normalize(torch.randn(2, codebook_size, code_dim), dim=-1))
-        self.register_buffer("idle", torch.zeros(2, codebook_size))  # steps since each was last chosen
+        codebooks = F.normalize(torch.randn(config.n_codebooks, config.codebook_size, code_dim), dim=-1)
+        lengths = 0.3 ** torch.arange(config.n_codebooks)  # coarser codes leave less of a unit vector
+        self.codebooks = nn.Parameter(lengths[:, None, None] * codebooks)
+        self.register_buffer("idle", torch.zeros(codebooks.shape[:2]))  # steps since each was last chosen
         self.to(memory_format=torch.channels_last)
 
     def features(self, images):
@@ -73,24 +322,19 @@ class Tokenizer(nn.Module):
         z = self.encoder(images.contiguous(memory_format=torch.channels_last))  # (B, code_dim, h, w)
         return F.normalize(z.float().flatten(2).transpose(1, 2), dim=-1)        # (B, N, code_dim)
 
-    def books(self):
-        """The two codebooks (2, codebook_size, code_dim), the coarse vectors at unit length."""
-        return torch.stack((F.normalize(self.codebook[0], dim=-1), self.codebook[1]))
+    def quantize(self, z):
+        """Residual quantisation: (B, N, code_dim) -> codes (B, N, n_codebooks), coarse to fine."""
+        codes, left = [], z
+        with torch.autocast(z.device.type, enabled=False):  # in bf16 near codes tie: the wrong one may win
+            for codebook in self.codebooks:
+                codes.append(nearest(left, codebook))
+                left = left - codebook[codes[-1]]
+        return torch.stack(codes, -1)
 
-    def nearest(self, z):
-        """The codes of unit vectors: the coarse vector with the largest cosine, then the fine one that is nearest to what
-        it leaves. (..., code_dim) -> (...)"""
-        coarse_book, fine_book = self.books()
-        with torch.autocast(z.device.type, enabled=False):  # in bf16 close codes would tie, and the wrong one could win
-            coarse = (z @ coarse_book.T).argmax(-1)
-            rest = z - coarse_book[coarse]
-            fine = (rest @ fine_book.T - fine_book.pow(2).sum(-1) / 2).argmax(-1)
-        return coarse * len(fine_book) + fine
-
-    def vectors(self, codes):
-        """Codes (B, N) -> their coarse and their fine vectors, (B, N, code_dim) each; the sum stands for the patch."""
-        coarse_book, fine_book = self.books()
-        return coarse_book[codes // len(fine_book)], fine_book[codes % len(fine_book)]
+    def look_up(self, codes):
+        """Codes (B, N, n_codebooks) -> the vector of each (B, N, n_codebooks, code_dim); a patch is their
+        sum."""
+        return self.codebooks[torch.arange(codes.shape[-1], device=codes.device), codes]
 
     def render(self, vectors):
         """What the decoder draws from a vector a patch: (B, N, code_dim) -> (B, 3, H, W)."""
@@ -100,73 +344,80 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """(B, 3, H, W) in [-1, 1] -> codes (B, N), row by row."""
-        return self.nearest(self.features(images))
+        """(B, 3, H, W) in [-1, 1] -> codes (B, N, n_codebooks). Always in fp32: a picture has the same codes
+        everywhere."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.quantize(self.features(images))
 
     @torch.no_grad()
     def decode(self, codes):
-        """Codes (B, N) -> images (B, 3, H, W) in [-1, 1]."""
-        return self.render(sum(self.vectors(codes))).clamp(-1, 1)
+        """Codes (B, N, n_codebooks) -> images (B, 3, H, W) in [-1, 1]."""
+        return self.render(self.look_up(codes).sum(2)).clamp(-1, 1)
 
     def forward(self, images):
-        """One training pass: (B, 3, H, W) -> loss, codes (B, N), z (B, N, code_dim): the encoder's vectors."""
+        """One training pass: (B, 3, H, W) -> loss, codes (B, N, n_codebooks), z (B, N, code_dim): the
+        encoder's vectors."""
         z = self.features(images)
-        codes = self.nearest(z.detach())
-        coarse, fine = self.vectors(codes)
-        q = (coarse + fine).detach()
-        # Each codebook goes to what it is to name (weight 1), and the encoder stays near its codes (weight 0.25).
-        vq = F.mse_loss(coarse, z.detach()) + F.mse_loss(fine, (z - coarse).detach()) + 0.25 * F.mse_loss(z, q)
-        drawn = self.render(z + (q - z).detach())  # straight-through: the decoder sees q, the gradient goes to z
-        return F.mse_loss(drawn, images) + 0.2 * F.l1_loss(drawn, images) + vq, codes, z.detach()
+        target = z.detach()
+        codes = self.quantize(target)
+        vectors = self.look_up(codes)            # (B, N, n_codebooks, code_dim)
+        named = vectors.detach().cumsum(2)       # what each codebook and the coarser ones say together
+        left = target[:, :, None] - (named - vectors.detach())  # what the coarser ones leave to each
+        q = named[:, :, -1]                      # (B, N, code_dim)
+        # Each codebook goes to what it is to name (weight 1), and the encoder stays near its codes (weight
+        # 0.25).
+        vq = codes.shape[-1] * F.mse_loss(vectors, left) + 0.25 * F.mse_loss(z, q)
+        drawn = self.render(z + (q - target))  # straight-through: the decoder sees q, the gradient goes to z
+        return F.mse_loss(drawn, images) + 0.2 * F.l1_loss(drawn, images) + vq, codes, target
 
     @torch.no_grad()
     def restart_dead_codes(self, codes, z, patience=100):
-        """After a step: vectors that nobody chose for `patience` steps move onto what this batch has to name.
+        """After a step on codes (B, N, n_codebooks) of z (B, N, code_dim): a code that was not chosen for
+        `patience` steps moves onto something that this batch has to name, the more likely the less of it is
+        named by now.
 
-        Without it most of them die in the first minutes and never come back.
+        Without it most codes die in the first minutes and never come back.
         """
-        used = torch.zeros_like(self.idle)
-        for book, chosen in enumerate((codes // self.idle.shape[1], codes % self.idle.shape[1])):
-            used[book, chosen.flatten()] = 1
+        codes, left = codes.flatten(0, 1).T, z.flatten(0, 1)  # (n_codebooks, B * N), (B * N, code_dim)
+        used = torch.zeros_like(self.idle).scatter_(1, codes, 1)
         if dist.is_initialized():  # by any of the processes
             dist.all_reduce(used, dist.ReduceOp.MAX)
         self.idle.add_(1).mul_(1 - used)
         dead = self.idle >= patience
-        to_name = torch.stack((z, z - self.vectors(codes)[0])).flatten(1, 2)  # (2, B * N, code_dim)
-        chosen = torch.randint(to_name.shape[1], (self.idle.shape[1],), device=z.device)
-        self.codebook.copy_(torch.where(dead[..., None], to_name[:, chosen], self.codebook))
+        for codebook, code, is_dead in zip(self.codebooks, codes, dead):
+            to_name, left = left, left - codebook[code]
+            weights = left.pow(2).sum(-1) + 1e-12  # (B * N,)
+            chosen = weights.multinomial(len(codebook), replacement=True)
+            codebook.copy_(torch.where(is_dead[:, None], to_name[chosen], codebook))
         self.idle.masked_fill_(dead, 0)
         if dist.is_initialized():  # every process must keep the same codebooks: the first one's
-            dist.broadcast(self.codebook.data, 0)
+            dist.broadcast(self.codebooks.data, 0)
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of images in [-1, 1], in dB, averaged over the pictures. (B, 3, H, W) x 2 -> float"""
+    """Peak signal-to-noise ratio of images in [-1, 1], in dB, averaged over the pictures. (B, 3, H, W) x 2 ->
+    float"""
     mse = (a - b).pow(2).flatten(1).mean(1)  # (B,)
     return (10 * torch.log10(4 / mse.clamp_min(1e-10))).mean().item()
 
 
 def codebook_usage(codes, codebook_size):
-    """How many of `codebook_size` occur at all, and their perplexity: as many, equally likely, would carry as much."""
+    """How many of `codebook_size` occur at all, and their perplexity: as many, equally likely, would carry as
+    much."""
     share = codes.flatten().bincount(minlength=codebook_size) / codes.numel()
     return int((share > 0).sum()), round(torch.special.entr(share).sum().exp().item(), 1)
 
 
 @torch.no_grad()
-def quality(tokenizer, images):
-    """How well pictures survive: (B, 3, H, W) -> the same after encode and decode, and dict(psnr in dB, coarse, fine):
-    of each codebook, the number of vectors that occur at all in these pictures, and their perplexity."""
+def quality(tokenizer, pictures, sheet=None):
+    """How well pictures (uint8 (H, W, 3) each) survive: dict(psnr: in dB, codebooks: of each, the number of
+    codes that occur at all in them, and their perplexity). sheet: a PNG of the first 24, before and after."""
+    images = to_images(pictures, tokenizer.codebooks.device)
     codes = tokenizer.encode(images)
-    drawn, size = tokenizer.decode(codes), tokenizer.codebook.shape[1]
-    return drawn, {"psnr": round(psnr(drawn, images), 2), "coarse": codebook_usage(codes // size, size),
-                   "fine": codebook_usage(codes % size, size)}
-
-
-def to_images(arrays, device):
-    """uint8 (H, W, 3) arrays -> (B, 3, H, W) in [-1, 1]"""
-    return torch.from_numpy(np.stack(arrays)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_arrays(images):
-    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)"""
-    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    drawn, codebook_size = tokenizer.decode(codes), tokenizer.codebooks.shape[1]
+    if sheet:
+        cells = [("", pair) for pair in zip(pictures, to_arrays(drawn[:24]))]
+        rows = [cells[i:i + 6] for i in range(0, len(cells), 6)]
+        save_sheet([("picture, through the tokenizer", row) for row in rows], sheet)
+    usage = [codebook_usage(level, codebook_size) for level in codes.unbind(-1)]
+    return {"psnr": round(psnr(drawn, images), 2), "codebooks": usage}

@@ -16,10 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sample
-from data import BadInput
-from sample import SHIPPED, Parser, at_least, open_checkpoint, whole_file
-from train import MIXES, save
+from sample import SHIPPED, Parser, at_least, load_checkpoint, run_script, save_checkpoint
+from tokenizer import BadInput, whole_file
+from train import MIXES
 
 FIRST, SECOND = MIXES[1], MIXES[2]
 
@@ -56,9 +55,9 @@ def claim(folder, args):
 
 def take_tokenizer(checkpoint, path):
     """The tokenizer of any checkpoint, as a finished stage 0."""
-    checkpoint = open_checkpoint(checkpoint)
+    checkpoint = load_checkpoint(checkpoint)
     weights = {name: w.float() for name, w in checkpoint["tokenizer"].items()}
-    save(path, stage=0, step=1, settings={"steps": 1}, config=checkpoint["config"], model=weights, tokenizer=weights, optimizers=[])
+    save_checkpoint(path, stage=0, step=1, settings={"steps": 1}, config=checkpoint["config"], model=weights, tokenizer=weights, optimizers=[])
 
 
 def train_row(name, args):
@@ -115,4 +114,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    run_script(main)

@@ -29,10 +29,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-from data import AS_GIVEN, BACKGROUNDS, PLACES, SIZES, BadInput, compose, cutout, draw_background
-from mentor import GUIDANCE, fill_prompt
-from sample import Parser, at_least, draw, load_models, run, save_sheet, whole_file
-from tokenizer import psnr, to_arrays, to_images
+from data import AS_GIVEN, BACKGROUNDS, PLACES, SIZES, compose, cutout, draw_background
+from mentor import TASKS, fill_prompt
+from sample import Parser, add_device_flag, at_least, draw, load_models, run_script
+from tokenizer import BadInput, psnr, save_sheet, to_arrays, to_images, whole_file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked of the model
@@ -179,7 +179,7 @@ def draw_cases(model, tokenizer, task, cases, references, seed, guidance):
     """One picture a case, uint8 (n, H, W, 3). references: a picture a case, or None: then the prompt loses its <image>."""
     prompts = [fill_prompt(task, case.subject.label, case.caption) for case in cases]
     prompts = [(["".join(p)], []) for p in prompts] if references is None else [(p, [r]) for p, r in zip(prompts, references)]
-    cfg_image, cfg_text = guidance or GUIDANCE[task]
+    cfg_image, cfg_text = guidance or (TASKS[task].cfg_image, TASKS[task].cfg_text)
     return np.concatenate([draw(model, tokenizer, prompts[i:i + 50], seed=seed + i, cfg_image=cfg_image, cfg_text=cfg_text)
                            for i in range(0, len(prompts), 50)])
 
@@ -249,8 +249,7 @@ def main():
     parser.add_argument("--sweep", action="store_true", help="subject-driven alone, over a grid of --cfg-image and --cfg-text")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     parser.add_argument("-o", "--output", help="the sheet to write (default: quality.png, with --sweep: sweep.png)")
-    parser.add_argument("--device", choices=("cpu", "cuda")[:1 + torch.cuda.is_available()],
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_flag(parser)
     args = parser.parse_args()
     started, device = time.time(), torch.device(args.device)
     model, tokenizer = load_models(args.ckpt, device)
@@ -307,4 +306,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
+import train
+from mentor import TASKS
+from tokenizer import draw_shape
 
 
 def own_memory():
@@ -40,7 +43,7 @@ def main():
         images, index = Path(place) / "images", os.path.join(place, "index.npz")
         images.mkdir()
         for i in range(100):
-            data.draw_shape(data.shape_subjects()[i * 4].path).save(Path(place) / f"{i}.png")
+            draw_shape(data.shape_subjects()[i * 4].path).save(Path(place) / f"{i}.png")
         for i in range(n):
             if i % 1000 == 0:
                 (images / f"class {i // 1000}").mkdir()
@@ -48,11 +51,11 @@ def main():
         before = own_memory()
         for name in ("first scan", "next start"):
             started = time.time()
-            subjects = data.load_subjects(str(images), index)
+            subjects = train.find_subjects(str(images), index)
             print(f"{name}: {time.time() - started:.1f} s", flush=True)
-        print(subjects.said, f"\nindex: {os.path.getsize(index) / 1e6:.0f} MB, the process grew by {own_memory() - before:.0f} MB")
+        print(subjects.report, f"\nindex: {os.path.getsize(index) / 1e6:.0f} MB, the process grew by {own_memory() - before:.0f} MB")
         started = time.time()
-        dataset = Memory(subjects, {task: 0.2 for task in data.TASKS}, 64, 0)
+        dataset = Memory(subjects, {task: 0.2 for task in TASKS}, 64, (0,))
         loader = DataLoader(dataset, batch_size=100, collate_fn=list, num_workers=2, sampler=range(10_000))
         memory = [max(batch) for batch in loader]
         print(f"10,000 samples by two workers in {time.time() - started:.0f} s; a worker's own memory: "

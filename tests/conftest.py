@@ -1,4 +1,5 @@
 """Shared by all tests: a trained toy (32 px, shapes), and ways to run the scripts as a user does."""
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -27,17 +28,19 @@ def trained(tmp_path_factory):
     return out
 
 
-def noisy_model():
+def noisy_model(**changes):
     """A small transformer with no zeros in it: a fresh one ignores its prefix, since its blocks start as the identity."""
     from mentor import CONFIGS, Mentor
 
     torch.manual_seed(0)
-    model = Mentor(CONFIGS["test"])
+    model = Mentor(dataclasses.replace(CONFIGS["test"], **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-        model.codebook.normal_()
+        model.codebooks.normal_()
     return model
 
 
-model = pytest.fixture(noisy_model)
+@pytest.fixture
+def model():
+    return noisy_model()

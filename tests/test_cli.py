@@ -10,9 +10,9 @@ import torch
 from conftest import ROOT, TOY, script
 from PIL import Image
 
-import data
 import sample
 import train
+from tokenizer import draw_shape
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def call(monkeypatch, capsys, main, *args):
     monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
     code = 0
     try:
-        sample.run(main)
+        sample.run_script(main)
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
@@ -94,6 +94,7 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         ((*good, "--ckpt", trained / "tokenizer.pt"), "the tokenizer alone"),
         ((*good, "-n", "0"), "not a whole number from 1 up"),
         ((*good, "--temperature", "-1"), "must be a number from 0 up"),
+        ((*good, "--temperature", ".6", ".5", ".4"), "give one number, or 2"),
         ((*good, "--cfg", "nan"), "must be a number from 0 up"),
         ((*good, "--seed", "-1"), "not a whole number from 0 up"),
         ((*good, "--seed", "9" * 20), "not a whole number from 0 up"),
@@ -110,7 +111,7 @@ def test_out_of_gpu_memory_is_one_line(capsys):
     def main():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
     with pytest.raises(SystemExit) as stopped:
-        sample.run(main)
+        sample.run_script(main)
     err = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(err) == 1 and "CUDA out of memory" in err[0]
 
@@ -135,6 +136,7 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
         ((*toy, *out, "--mix", "segmentation=nan"), "from 0 up"),
         ((*toy, *out, "--mix", ""), "no task ''"),
         ((*toy, *out, "--steps", "0"), "not a whole number from 1 up"),
+        ((*toy, "--out", tmp_path / "stage1.pt" / "under"), "no such folder, and none can be made"),
         ((*toy, *out, "--data", tmp_path / "none"), "no such folder"),
         ((*toy, *out, "--data", tmp_path / "empty"), "not one usable image"),
         ((*toy, *out, "--data", tmp_path / "unusable"), "not one usable image"),
@@ -154,16 +156,22 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "x.pt").exists() and (tmp_path / "stage1.pt").stat().st_size == 20_000
 
 
-def test_data_writes_a_sheet_of_every_source(tmp_path, monkeypatch, capsys):
+def test_show_writes_a_sheet_of_what_a_run_would_learn_from(tmp_path, monkeypatch, capsys):
     for i in range(12):
         (tmp_path / "mine").mkdir(exist_ok=True)
-        data.draw_shape("star red blue").save(tmp_path / "mine" / f"{i}.png")
+        draw_shape("star red blue").save(tmp_path / "mine" / f"{i}.png")
         Image.new("RGB", (40, 40), "red").save(tmp_path / "mine" / f"on mars {i}.jpg")
-    for args in (("--data", "shapes"), ("--data", f"shapes,{tmp_path / 'mine'}", "--backgrounds", tmp_path / "mine")):
-        code, _, out = call(monkeypatch, capsys, sample.show_data, *args, "-o", tmp_path / "sheet.png")
-        assert code == 0 and "subjects" in out and "are held out" in out and Image.open(tmp_path / "sheet.png").width > 1000
-    code, err, _ = call(monkeypatch, capsys, sample.show_data, "--data", "shapes", "--backgrounds", tmp_path / "none")
-    assert code == 2 and "none: no such folder" in err[0]
+    mine = ("--data", f"shapes,{tmp_path / 'mine'}", "--backgrounds", tmp_path / "mine")
+    toy = ("--preset", "test", "--show", "--out", tmp_path / "out")
+    heights = []
+    for stage, args in ((0, ("--data", "shapes")), (1, mine), (2, mine), (2, ("--data", "shapes", "--mix", "recovery=1"))):
+        code, err, out = call(monkeypatch, capsys, train.main, "--stage", stage, *toy, *args)
+        assert code == 0 and "subjects" in "".join(err) and "are held out" in out
+        heights.append(Image.open(tmp_path / "out" / f"stage{stage}-samples.png").height)
+    assert heights[0] == heights[1] < heights[2] and heights[3] < heights[1]  # a row a task: 3, 3, 5, 1
+    assert not (tmp_path / "out" / "stage2.pt").exists()
+    code, err, _ = call(monkeypatch, capsys, train.main, "--stage", 2, *toy, "--data", "shapes", "--backgrounds", tmp_path / "no")
+    assert code == 2 and "no: no such folder" in err[-1]
 
 
 # -- the README
@@ -172,7 +180,7 @@ def test_data_writes_a_sheet_of_every_source(tmp_path, monkeypatch, capsys):
 def readme_commands():
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.match(r"python (train|sample|data|mentor)\.py", line)]
+    return [line for line in lines if re.match(r"python (train|sample|mentor)\.py", line)]
 
 
 def test_readme_commands_run_as_written(trained, tmp_path):
@@ -181,7 +189,7 @@ def test_readme_commands_run_as_written(trained, tmp_path):
     assert len(commands) >= 8
     (tmp_path / "my_folder").mkdir()
     for i in range(12):
-        data.draw_shape("star red blue").save(tmp_path / "my_folder" / f"{i}.png")
+        draw_shape("star red blue").save(tmp_path / "my_folder" / f"{i}.png")
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     for folder in ("out", "own"):  # the tokenizer is there already
         (tmp_path / folder).mkdir()

@@ -9,12 +9,13 @@ from conftest import TOY, script
 
 import bench_quality
 import data
+from tokenizer import emoji_font
 from bench_quality import copying, cutting_out, draw_cases, judge, make_cases, summary
 
 
 @pytest.fixture(scope="module", params=["shapes", "emoji"])
 def cases(request):
-    if request.param == "emoji" and data.emoji_font() is None:
+    if request.param == "emoji" and emoji_font() is None:
         pytest.skip("no colour emoji font on this machine")
     held_out = [s for s in data.load_subjects(request.param) if data.is_held_out(s)]
     return make_cases(held_out, 40, 64, 0)

@@ -15,27 +15,33 @@ from conftest import ROOT, TOY, noisy_model, script
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import sample
 import train
-from mentor import CONFIGS, Mentor
-from tokenizer import Tokenizer
+from mentor import CODE, CONFIGS, TASKS, Mentor
+from tokenizer import BadInput, Tokenizer
 
 CONFIG, CPU = CONFIGS["test"], torch.device("cpu")
 
 
 def toy_tokenizer():
     torch.manual_seed(0)
-    return Tokenizer(CONFIG.downsample, CONFIG.codebook_size, CONFIG.code_dim, CONFIG.channels)
+    return Tokenizer(CONFIG)
 
 
 def toy_samples(n):
-    dataset = data.Tasks(data.load_subjects("shapes"), train.MIXES[2], CONFIG.image_size, 0)
+    dataset = data.Tasks(data.load_subjects("shapes"), train.MIXES[2], CONFIG.image_size, (0,))
     return [dataset[i] for i in range(n)]
+
+
+def toy_inputs(samples, size):
+    return [sample.fill_codes(toy_tokenizer(), batch, CPU) for batch in sample.collate(CONFIG, size, samples)]
 
 
 @pytest.fixture(autouse=True)
 def fp32(monkeypatch):
     """Gradients are compared to 1e-5: no bf16, whatever the hardware."""
     monkeypatch.setattr(train, "has_bf16", lambda device: False)
+    monkeypatch.setattr(train, "autocast", lambda device: torch.autocast(device.type, enabled=False))
 
 
 def gradients(model, parts):
@@ -44,19 +50,39 @@ def gradients(model, parts):
     return [p.grad.clone() for p in model.parameters()]
 
 
+def test_workers_lay_out_what_the_device_fills_with_codes():
+    """The same as encoding each picture by itself and building its sequence with the codes."""
+    samples, tokenizer = toy_samples(16), toy_tokenizer()
+
+    def by_itself(s):
+        pictures = [tokenizer.encode(sample.to_images([p], CPU))[0] for p in (s.target, *s.references)]
+        condition = sample.hide_condition(sample.fill_prompt(s.task, s.label, s.caption), pictures[1:], s.hide)
+        return *sample.build_sequence(CONFIG, *condition, pictures[0]), pictures[0]
+
+    wanted = [by_itself(s) for s in samples]
+    found = []
+    for ids, places, lengths, target in toy_inputs(samples, 4):
+        places[..., 3:] *= (ids == CODE)[..., None]  # what stands beside a byte is never looked at
+        found += [(i[:n], p[:n], t) for i, p, n, t in zip(ids, places, lengths, target)]
+    for ids, places, target in wanted:
+        same = [len(ids) == len(i) and torch.equal(ids, i) and torch.equal(places, p) and torch.equal(target, t)
+                for i, p, t in found]
+        assert sum(same) >= 1
+
+
 def test_accumulation_over_micro_batches_equals_one_batch(model):
-    tokenizer, samples = toy_tokenizer(), toy_samples(16)
-    whole, parts = (list(train.micro_batches(CONFIG, tokenizer, samples, size, CPU)) for size in (16, 4))
+    samples = toy_samples(16)
+    whole, parts = toy_inputs(samples, 16), toy_inputs(samples, 4)
     assert len(whole) == 1 and len(parts) == 4
     assert parts[0][0].shape[1] < parts[-1][0].shape[1]  # sorted by length, so that short ones are short
     for a, b in zip(gradients(model, whole), gradients(model, parts)):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_schedule_warms_up_to_the_peak_and_ends_at_zero():
+def test_schedule_warms_up_to_the_peak_and_the_last_step_still_learns():
     rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[4] == rates[5] == max(rates) == 1.0 and rates[-1] == pytest.approx(0, abs=1e-9)
-    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[0] == pytest.approx(0.2) and rates[4] == rates[5] == max(rates) == 1.0
+    assert 0 < rates[-1] < 0.01 and rates[5:] == sorted(rates[5:], reverse=True)
     assert train.learning_rate(0, 1, 1.0) == 1.0
 
 
@@ -69,19 +95,53 @@ def test_every_parameter_is_in_exactly_one_group(bf16):
         assert len(optimizers) == 1 + bf16
 
 
-def test_mix_is_read_and_normalised():
+def test_muon_meets_each_projection_of_attention_alone():
+    _, muon = train.make_optimizers(Mentor(CONFIG), True, fused=False)
+    shapes = [tuple(p.shape) for p in muon.param_groups[0]["params"]]
+    assert shapes.count((64, 64)) == 2 * 4 and (192, 64) not in shapes  # q, k, v and proj of two layers
+
+
+def test_mix_is_read_normalised_and_put_in_order():
     assert train.parse_mix("segmentation=3,text-to-image=1") == {"segmentation": 0.75, "text-to-image": 0.25}
+    orders = [list(train.parse_mix(text)) for text in ("recovery=1,segmentation=1", "segmentation=1,recovery=1")]
+    assert orders[0] == orders[1]  # which task a random number means depends on it
     for mix in train.MIXES.values():
-        assert sum(mix.values()) == pytest.approx(1) and set(mix) <= set(data.TASKS)
+        assert sum(mix.values()) == pytest.approx(1) and list(mix) == [task for task in TASKS if task in mix]
+
+
+def test_stages_and_seeds_share_no_samples():
+    def first(seed, stage):
+        args = argparse.Namespace(**ARGS | {"seed": seed, "out": "nowhere"})
+        plan = train.make_plan(stage, args, CPU)
+        subjects = data.load_subjects("shapes"), ()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "load_sources", lambda args: subjects)
+            dataset, held_out = train.make_datasets(plan, args)
+        return dataset[0].target.tobytes(), next(iter(held_out.values()))[0].target.tobytes()
+
+    trained = [first(seed, stage)[0] for seed in (0, 1) for stage in (0, 1, 2)]
+    assert len(set(trained)) == 6
+    assert first(0, 1)[1] == first(0, 2)[1] and first(0, 1)[1] not in trained  # held-out ones are all stages'
 
 
 def test_gains_measure_whether_the_model_looks_at_its_prefix(model):
-    datasets = {"subject-driven": data.Tasks(data.load_subjects("shapes"), {"subject-driven": 1.0}, 32, 0, train=False)}
+    subjects = data.load_subjects("shapes")
+    datasets = {"subject-driven": data.Tasks(subjects, {"subject-driven": 1.0}, 32, (0,), train=False)}
     deaf = Mentor(CONFIG)  # fresh: every block is the identity, so nothing of the prefix arrives
     for subject, looks in ((deaf, False), (model, True)):
-        losses = train.held_out_losses(subject, toy_tokenizer(), datasets, 16, CPU)
+        losses = sample.held_out_losses(subject, toy_tokenizer(), datasets, 16, CPU)
         for gain in ("reference gain", "prompt gain"):
             assert (abs(losses[gain]) > 1e-3) == looks, (gain, losses)
+
+
+def test_share_of_peak_counts_the_work_of_a_transformer(monkeypatch):
+    plan = argparse.Namespace(stage=1, device=CPU, config=CONFIG)
+    run, lengths = argparse.Namespace(plan=plan, model=Mentor(CONFIG)), [torch.tensor([100, 50])]
+    assert train.share_of_peak(run, lengths, 2.0) is None  # nobody knows a CPU's
+    monkeypatch.setattr(train, "peak_flops", lambda device: 1e9)
+    weights = 2 * (4 * 64 * 64 + 8 * 64 * 64)  # two layers: attention and MLP; their gains hardly count
+    wanted = 6 * (weights * 150 + 2 * 64 * (100**2 + 50**2)) / 2.0 / 1e9
+    assert train.share_of_peak(run, lengths, 2.0) == pytest.approx(wanted, rel=0.01)
 
 
 # -- stages
@@ -97,17 +157,18 @@ def test_losses_fall_and_everything_is_written(trained):
     assert not list(trained.glob("*.tmp"))
 
 
+ARGS = {"preset": "test", "data": "shapes", "backgrounds": None, "steps": None, "batch_size": None, "seed": 0,
+        "mix": None, "workers": 0, "compile": False}
+
+
 def run_stage(stage, out, **changes):
     """A stage in this process, with the toy's settings -> its checkpoint."""
-    args = argparse.Namespace(preset="test", data="shapes", backgrounds=None, steps=None, batch_size=None, seed=0, out=str(out), mix=None,
-                              workers=0, compile=False)
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        train.train(stage, argparse.Namespace(**vars(args) | changes), CPU, 0, 1)
-        assert all(signal.getsignal(name) == handler for name, handler in handlers.items())
+        train.train(stage, argparse.Namespace(**ARGS | {"out": str(out)} | changes), CPU)
     finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+        kept = all(signal.getsignal(name) == handler for name, handler in handlers.items())
+    assert kept
     return torch.load(out / f"stage{stage}.pt", weights_only=True)
 
 
@@ -157,36 +218,46 @@ def test_interrupt_saves_and_leaves_with_one_line(trained, tmp_path):
 def test_a_signal_after_the_last_step_is_not_lost(trained, tmp_path, monkeypatch):
     """The tokenizer's last evaluation may be under way: what is finished is kept, and stage 1 does not begin."""
     shutil.copy(trained / "stage1.pt", tmp_path)
-    monkeypatch.setattr(train, "held_out_losses", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {})
-    monkeypatch.setattr(train, "held_out_sheet", lambda *_: None)
+    monkeypatch.setattr(train, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {})
     with pytest.raises(SystemExit) as stopped:
         run_stage(2, tmp_path, steps=1)
     assert stopped.value.code == 130
     assert torch.load(tmp_path / "stage2.pt", weights_only=True)["step"] == 1
 
 
-def test_a_signal_that_stops_the_compiler_too_leaves_with_one_line(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("before, said", [(4, "stopped: 2 of 80 steps are saved"), (1, "nothing was saved yet")])
+def test_a_signal_that_stops_the_compiler_too_leaves_with_one_line(trained, tmp_path, monkeypatch, capsys, before, said):
+    class CompileError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
     shutil.copy(trained / "stage1.pt", tmp_path)
     accumulate, steps = train.accumulate, []
 
     def interrupted(*args):
         steps.append(args)
-        if len(steps) == 4:
+        if len(steps) == before:
             os.kill(os.getpid(), signal.SIGINT)
-            raise RuntimeError("C++ compile error")
+            raise CompileError("C++ compile error")
         return accumulate(*args)
     monkeypatch.setattr(train, "accumulate", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run_stage(2, tmp_path)
-    assert stopped.value.code == 130 and "stopped: 2 of 80 steps" in capsys.readouterr().err.splitlines()[-1]
-    assert torch.load(tmp_path / "stage2.pt", weights_only=True)["step"] == 2
-    steps.clear()
-    monkeypatch.setattr(train, "accumulate", lambda *args: (_ for _ in ()).throw(RuntimeError("a bug")))
-    with pytest.raises(RuntimeError, match="a bug"):  # without a signal it is one of ours
+    assert stopped.value.code == 130 and said in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "stage2.pt").exists() == (before > 1)
+
+
+def test_a_bug_is_a_bug_also_while_a_signal_waits(trained, tmp_path, monkeypatch):
+    shutil.copy(trained / "stage1.pt", tmp_path)
+
+    def broken(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("a bug")
+    monkeypatch.setattr(train, "accumulate", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
         run_stage(2, tmp_path)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(trained, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(trained, tmp_path, monkeypatch):
     shutil.copy(trained / "stage1.pt", tmp_path)
     seen, accumulate = [], train.accumulate
 
@@ -196,10 +267,43 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
         return (loss * float("nan") if len(seen) == 6 else loss), beside
 
     monkeypatch.setattr(train, "accumulate", accumulate_until)
-    with pytest.raises(data.BadInput, match="step 5: loss nan.* checkpoint is .*stage2.pt, of step 4"):
+    with pytest.raises(BadInput, match="stage 2: loss .* not finite by step 6; .* checkpoint is of step 4"):
         run_stage(2, tmp_path, steps=80)
     kept = torch.load(tmp_path / "stage2.pt", weights_only=True)
     assert kept["step"] == 4 and all(torch.isfinite(weight).all() for weight in kept["model"].values())
+
+
+def test_figures_that_a_kill_took_are_made_up_for(trained, tmp_path, monkeypatch, capsys):
+    """Between the last save and the last figures: the same command finds the run finished, and still looks."""
+    shutil.copy(trained / "stage1.pt", tmp_path)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(2, tmp_path, steps=1)
+    for times in (1, 1):  # once, and not again
+        run_stage(2, tmp_path, steps=1)
+        assert (tmp_path / "log.jsonl").read_text().count('"held_out"') == times
+    assert (tmp_path / "stage2.png").exists()
+
+
+def test_the_logged_rate_is_that_of_the_last_steps(trained, tmp_path, monkeypatch):
+    """Ten slow steps, then fast ones: the second line must know nothing of the first ten."""
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    step, steps = train.train_step, []
+
+    def slow_at_first(*args):
+        steps.append(True)
+        time.sleep(0.3 if len(steps) <= 10 else 0)
+        return step(*args)
+    monkeypatch.setattr(train, "train_step", slow_at_first)
+    monkeypatch.setattr(train, "evaluate", lambda *_: {})
+    run_stage(2, tmp_path, steps=20)
+    lines = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    rates = [line["samples_per_second"] for line in lines if "loss" in line]
+    assert len(rates) == 2 and rates[0] < 16 / 0.3 and rates[1] > 2 * rates[0]
 
 
 def test_terminating_the_whole_group_saves_and_leaves_with_one_line(trained, tmp_path):
@@ -235,9 +339,8 @@ def one_of_two(rank, folder):
     """Half of the batch in each of two gloo processes; the first writes down the gradients."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = noisy_model()
-    train.has_bf16 = lambda device: False
-    net, parts = DistributedDataParallel(model), list(train.micro_batches(CONFIG, toy_tokenizer(), toy_samples(16)[rank::2], 4, CPU))
-    train.accumulate(net, parts, CPU)
+    train.autocast = lambda device: torch.autocast(device.type, enabled=False)
+    train.accumulate(DistributedDataParallel(model), toy_inputs(toy_samples(16)[rank::2], 4), CPU)
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], f"{folder}/gradients.pt")
     dist.barrier()  # neither leaves while the other still talks to it
@@ -247,7 +350,7 @@ def one_of_two(rank, folder):
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
     model = noisy_model()
-    alone = gradients(model, list(train.micro_batches(CONFIG, toy_tokenizer(), toy_samples(16), 16, CPU)))
+    alone = gradients(model, toy_inputs(toy_samples(16), 16))
     for a, b in zip(alone, torch.load(tmp_path / "gradients.pt", weights_only=True)):
         assert torch.allclose(a, b, atol=1e-5)
 
