@@ -109,7 +109,8 @@ def file_subject(root, line):
         original = path
     sidecar = original.with_suffix(".txt")
     text = str(record.get("text") or (sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""))
-    text = clean_text(text, MAX_CAPTION) or clean_text(original.stem if path.parent == root else path.parent.name)
+    file_or_class = original.stem if path.parent == root else path.parent.name
+    text = clean_text(text, MAX_CAPTION) or clean_text(file_or_class)
     name = original.relative_to(root).as_posix()
     if record.get("subject_id") is not None:
         name = f"subject_id {record['subject_id']}"
@@ -337,8 +338,7 @@ def compose(sprite, background, placement):
 
 
 def recolour(sprite, rng):
-    """Turns the hue and mirrors at random: a label alone no longer tells the look, so the reference must be
-    looked at."""
+    """Turns the hue and mirrors at random: no label tells the look, the reference must be looked at."""
     if rng.uniform() < 0.5:
         sprite = ImageOps.mirror(sprite)
     if rng.uniform() < 0.6:

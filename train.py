@@ -46,10 +46,8 @@ from tokenizer import (BadInput, Tokenizer, autocast, can_compile, emoji_font, f
 SCHEDULES = {
     "test": dict(steps=(150, 80, 80), batch_size=(32, 16, 16), lr=(2e-3, 1.2e-2, 6e-3), micro_batch=16),
     "cpu": dict(steps=(5400, 600, 5400), batch_size=(64, 32, 32), lr=(2e-3, 4e-3, 3e-3), micro_batch=16),
-    "gpu": dict(steps=(50_000, 60_000, 60_000), batch_size=(256, 256, 256), lr=(1e-3, 1e-3, 5e-4),
-                micro_batch=64),
-    "paper": dict(steps=(200_000, 20_000, 20_000), batch_size=(128, 128, 128), lr=(2e-4, 5e-4, 1e-4),
-                  micro_batch=4),
+    "gpu": dict(steps=(50000, 60000, 60000), batch_size=(256,) * 3, lr=(1e-3, 1e-3, 5e-4), micro_batch=64),
+    "paper": dict(steps=(200000, 20000, 20000), batch_size=(128,) * 3, lr=(2e-4, 5e-4, 1e-4), micro_batch=4),
 }
 MIXES = {  # share of each task in a stage
     0: {"segmentation": 0.3, "recovery": 0.2, "subject-driven": 0.5},  # every kind of picture, two a sample
@@ -465,22 +463,21 @@ def parse_args():
                         help="torch.compile (default: where it works, save for --preset test)")
     parser.add_argument("--show", action="store_true", help="a sheet of what this run would learn from")
     parser.add_argument("--export", metavar="FILE", help="write the stage 2 of --out, in half precision")
-    args = parser.parse_args()
-    if args.stage is None and not args.export:
-        raise BadInput("give --stage 0, 1 or 2 (or --export FILE)")
-    return args
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
     if args.export:
         return export(os.path.join(args.out, CHECKPOINTS[2]), args.export)
+    if args.stage is None:
+        raise BadInput("give --stage 0, 1 or 2 (or --export FILE)")
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if args.compile is None:
-        args.compile = args.preset != "test" and not args.show and can_compile(device)
+    if args.compile is None and not args.show:
+        args.compile = args.preset != "test" and can_compile(device)
     if world() > 1:  # (two hours: the first process may look through a million images)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     make_folder(args.out)

@@ -1,11 +1,13 @@
-"""The paper's ablation at our scale: what happens to CP and PF when one part of the training is left out? Run by hand:
+"""The paper's ablation at our scale: what happens to CP and PF when one part of the training is left out? Run
+by hand:
 
-    python tests/bench_ablation.py --row "without recovery"     one row: trains both stages, half an hour on two cores, and measures
-    python tests/bench_ablation.py                              the six of them, then the table; what is finished is not done again
+    python tests/bench_ablation.py --row "without recovery"     one row: half an hour of training, and figures
+    python tests/bench_ablation.py                              all six, then the table; nothing is done twice
 
-All rows have the tokenizer (that of weights/cpu.pt), the seed and the number of steps in common. Interrupted, the same command
-goes on. The rows that differ in stage 2 alone share one stage 1.
+All rows have the tokenizer (that of weights/cpu.pt), the seed and the number of steps in common. Interrupted,
+the same command goes on. The rows that differ in stage 2 alone share one stage 1.
 """
+
 import argparse
 import json
 import shutil
@@ -28,12 +30,18 @@ def without(task, mix):
 
 
 ROWS = {  # name: (mix of stage 1, mix of stage 2, the paper's CP, PF, CP.PF)
-    "without stage 1": (None, SECOND, .179, .673, .120),  # as many steps in all, all with stage 2's mix, at stage 1's learning rate
-    "without segmentation in stage 1": (without("segmentation", FIRST), SECOND, .252, .479, .121),
-    "without recovery": (FIRST, without("recovery", SECOND), .661, .284, .188),
-    "without subject-driven": (FIRST, without("subject-driven", SECOND), .407, .910, .370),
-    "without segmentation in stage 2": (FIRST, without("segmentation", SECOND), .412, .918, .378),
-    "all": (FIRST, SECOND, .555, .839, .466),
+    "without stage 1": (
+        None,
+        SECOND,
+        0.179,
+        0.673,
+        0.120,
+    ),  # as many steps in all, all with stage 2's mix, at stage 1's learning rate
+    "without segmentation in stage 1": (without("segmentation", FIRST), SECOND, 0.252, 0.479, 0.121),
+    "without recovery": (FIRST, without("recovery", SECOND), 0.661, 0.284, 0.188),
+    "without subject-driven": (FIRST, without("subject-driven", SECOND), 0.407, 0.910, 0.370),
+    "without segmentation in stage 2": (FIRST, without("segmentation", SECOND), 0.412, 0.918, 0.378),
+    "all": (FIRST, SECOND, 0.555, 0.839, 0.466),
 }
 
 
@@ -45,7 +53,9 @@ def run(*command):
 
 def claim(folder, args):
     """A folder holds what one set of settings made, and nothing else."""
-    settings = json.dumps({name: str(getattr(args, name)) for name in ("steps", "preset", "data", "seed", "n", "tokenizer")})
+    settings = json.dumps(
+        {name: str(getattr(args, name)) for name in ("steps", "preset", "data", "seed", "n", "tokenizer")}
+    )
     kept = folder / "settings.json"
     folder.mkdir(parents=True, exist_ok=True)
     if kept.exists() and kept.read_text() != settings:
@@ -57,7 +67,16 @@ def take_tokenizer(checkpoint, path):
     """The tokenizer of any checkpoint, as a finished stage 0."""
     checkpoint = load_checkpoint(checkpoint)
     weights = {name: w.float() for name, w in checkpoint["tokenizer"].items()}
-    save_checkpoint(path, stage=0, step=1, settings={"steps": 1}, config=checkpoint["config"], model=weights, tokenizer=weights, optimizers=[])
+    save_checkpoint(
+        path,
+        stage=0,
+        step=1,
+        settings={"steps": 1},
+        config=checkpoint["config"],
+        model=weights,
+        tokenizer=weights,
+        optimizers=[],
+    )
 
 
 def train_row(name, args):
@@ -83,15 +102,33 @@ def train_row(name, args):
             with whole_file(folder / "stage1.pt") as temporary:
                 shutil.copy(before / "stage1.pt", temporary)
         stage(2, second, args.steps[1], folder)
-    run("tests/bench_quality.py", "--ckpt", folder / ("stage1.pt" if first is None else "stage2.pt"), "--n", args.n, "--seed", args.seed,
-        "--json", folder / "quality.json", "-o", folder / "quality.png", *(["--data", args.data] if args.data else []))
+    run(
+        "tests/bench_quality.py",
+        "--ckpt",
+        folder / ("stage1.pt" if first is None else "stage2.pt"),
+        "--n",
+        args.n,
+        "--seed",
+        args.seed,
+        "--json",
+        folder / "quality.json",
+        "-o",
+        folder / "quality.png",
+        *(["--data", args.data] if args.data else []),
+    )
 
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", choices=ROWS, help="one row (default: all that are not finished)")
     parser.add_argument("--tokenizer", default=SHIPPED, help="the checkpoint whose tokenizer all rows share")
-    parser.add_argument("--steps", type=at_least(1), nargs=2, default=[800, 1300], help="of stage 1 and stage 2 (default: 800 1300)")
+    parser.add_argument(
+        "--steps",
+        type=at_least(1),
+        nargs=2,
+        default=[800, 1300],
+        help="of stage 1 and stage 2 (default: 800 1300)",
+    )
     parser.add_argument("--preset", default="cpu")
     parser.add_argument("--data", help="as train.py takes it")
     parser.add_argument("--seed", type=at_least(0), default=0)
@@ -110,7 +147,9 @@ def main():
     for name, row in table.items():
         figures = [row["CP"], row["PF"], row["CP.PF"], *ROWS[name][2:]]
         print(f"| {name} |", " | ".join(f"{value:.3f}" for value in figures), "|")
-    print(f"\nOne run a row; of {args.n} cases a CP errs by up to {0.5 / args.n ** 0.5:.3f} (one standard error)")
+    print(
+        f"\nOne run a row; of {args.n} cases a CP errs by up to {0.5 / args.n**0.5:.3f} (one standard error)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """How good is a trained model? The paper's measures, on held-out subjects, run by hand:
 
-    python tests/bench_quality.py --ckpt out/stage2.pt              one table, and a labelled sheet, quality.png
-    python tests/bench_quality.py --ckpt out/stage2.pt --sweep      the balance of CP and PF as guidance changes, sweep.png
+    python tests/bench_quality.py --ckpt out/stage2.pt            one table, and a labelled sheet, quality.png
+    python tests/bench_quality.py --ckpt out/stage2.pt --sweep    CP and PF as guidance changes, in sweep.png
 
-CP, concept preservation: is the drawn subject the referenced one? The cut-outs of the true subject and of 19 others are laid
-over the drawn picture, at every place and size that prompts name, mirrored or not, and a 32nd of the canvas to and fro. Whichever
-explains most of what stands out from the background is the one that was drawn. CP is the share of pictures where that is the true
-subject (chance: .05, more where fewer than 20 are held out), similarity the share of it that the true subject explains.
-PF, prompt following: the share of the prompt's parts that hold: background (chance: 1/19), place (1/3) and size (1/2), so by
-chance .30; the right background without any subject has .61.
+CP, concept preservation: is the drawn subject the referenced one? The cut-outs of the true subject and of 19
+others are laid over the drawn picture, at every place and size that prompts name, mirrored or not, and a 32nd
+of the canvas to and fro. Whichever explains most of what stands out from the background is the one that was
+drawn. CP is the share of pictures where that is the true subject (chance: .05, more where fewer than 20 are
+held out), similarity the share of it that the true subject explains. PF, prompt following: the share of the
+prompt's parts that hold: background (chance: 1/19), place (1/3) and size (1/2), so by chance .30; the right
+background without any subject has .61.
 
-We composed the scenes, so the truth is known and no network has to judge. Four references are scored by the same code: the
-true pictures through the tokenizer (a ceiling), their subjects' outlines filled with one colour, the mean (what an outline and
-a hue are worth), the reference handed back as it is (CP without PF), and the same model without the reference (PF without CP).
+We composed the scenes, so the truth is known and no network has to judge. Four references are scored by the
+same code: the true pictures through the tokenizer (a ceiling), their subjects' outlines filled with one
+colour, the mean (what an outline and a hue are worth), the reference handed back as it is (CP without PF),
+and the same model without the reference (PF without CP).
 """
+
 import argparse
 import itertools
 import json
@@ -34,7 +37,7 @@ from mentor import TASKS, fill_prompt
 from sample import Parser, add_device_flag, at_least, draw, load_models, run_script
 from tokenizer import BadInput, psnr, save_sheet, to_arrays, to_images, whole_file
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # What is asked of the model
 
 
@@ -44,15 +47,15 @@ LOOKS = [(size, place) for size in SIZES for place in PLACES]  # what prompts ca
 class Case(NamedTuple):
     number: int
     subject: data.Subject
-    background: str        # what the prompt names,
+    background: str  # what the prompt names,
     size: str
     place: str
-    caption: str           # and in words
+    caption: str  # and in words
     reference: np.ndarray  # (H, W, 3): the subject large and in the middle, on another background
-    target: np.ndarray     # what the prompt describes
-    scene: np.ndarray      # the subject anywhere: to be copied, and to be cut out
-    alone: np.ndarray      # the subject of that scene on black
-    mask: np.ndarray       # (H, W), bool
+    target: np.ndarray  # what the prompt describes
+    scene: np.ndarray  # the subject anywhere: to be copied, and to be cut out
+    alone: np.ndarray  # the subject of that scene on black
+    mask: np.ndarray  # (H, W), bool
 
 
 def make_cases(subjects, n, image_size, seed):
@@ -69,7 +72,9 @@ def make_cases(subjects, n, image_size, seed):
         scene, alone = compose(sprite, draw_background(anywhere, image_size, rng), free)
         pictures = map(np.asarray, (reference, target, scene, alone))
         caption = data.write_caption(rng, subject.label, here, size, place)
-        cases.append(Case(i, subject, here, size, place, caption, *pictures, silhouette(sprite, image_size, free)))
+        cases.append(
+            Case(i, subject, here, size, place, caption, *pictures, silhouette(sprite, image_size, free))
+        )
     return cases
 
 
@@ -86,24 +91,29 @@ def flattened(case):
     return np.where(mask[..., None], case.target[mask].mean(0), case.target).astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The judge
 
 N_OTHERS = 19
 
 
 def templates(subject, image_size):
-    """Every way in which a prompt can place the subject -> pixels (n, H, W, 3), 0 outside the mask; masks (n, H, W), 0 or 1.
-    They go through LOOKS in order, with as many shifts and mirrorings each."""
+    """Every way in which a prompt can place the subject -> pixels (n, H, W, 3), 0 outside the mask; masks (n,
+    H, W), 0 or 1. They go through LOOKS in order, with as many shifts and mirrorings each."""
     pixels, masks, black, step = [], [], Image.new("RGB", (image_size, image_size)), image_size // 32
     for size, place in LOOKS:
         placement = data.named_placement(size, place)
         for sprite in (cutout(subject), ImageOps.mirror(cutout(subject))):
-            alone, mask = np.asarray(compose(sprite, black, placement)[1]), silhouette(sprite, image_size, placement)
-            alone, mask = (np.pad(x, ((step, step), (step, step), (0, 0))) for x in (alone * mask[..., None], mask[..., None]))
+            alone, mask = np.asarray(compose(sprite, black, placement)[1]), silhouette(
+                sprite, image_size, placement
+            )
+            alone, mask = (
+                np.pad(x, ((step, step), (step, step), (0, 0)))
+                for x in (alone * mask[..., None], mask[..., None])
+            )
             for dy, dx in itertools.product((0, step, 2 * step), repeat=2):
-                pixels.append(alone[dy:dy + image_size, dx:dx + image_size])
-                masks.append(mask[dy:dy + image_size, dx:dx + image_size, 0])
+                pixels.append(alone[dy : dy + image_size, dx : dx + image_size])
+                masks.append(mask[dy : dy + image_size, dx : dx + image_size, 0])
     return np.stack(pixels).astype(np.float32) / 255, np.stack(masks).astype(np.float32)
 
 
@@ -114,38 +124,51 @@ def coarse(pictures):
 
 
 def judge(pictures, cases, seed=0):
-    """pictures: uint8 (n, H, W, 3), one a case -> dict of arrays (n,): big (as asked), recognised, similarity,
-    background, place, size (each as drawn)."""
+    """pictures: uint8 (n, H, W, 3), one a case -> dict of arrays (n,): big (as asked), recognised,
+    similarity, background, place, size (each as drawn)."""
     n, size = pictures.shape[:2]
     drawn = pictures.astype(np.float32) / 255
     rng = np.random.default_rng(seed)
-    words = np.repeat(list(BACKGROUNDS), 12)  # a dozen drawings of each: their light, horizon and details differ
+    words = np.repeat(
+        list(BACKGROUNDS), 12
+    )  # a dozen drawings of each: their light, horizon and details differ
     drawings = np.stack([np.asarray(draw_background(w, size, rng)) for w in words]).astype(np.float32) / 255
     seen = coarse(drawn)
-    errors = np.stack([((seen - picture) ** 2).sum(2) for picture in coarse(drawings)], 1)  # (n, drawings, 256)
-    # First guess: the drawing that fits best at the upper and lower edge, where no subject stands, and where it fits best.
+    errors = np.stack(
+        [((seen - picture) ** 2).sum(2) for picture in coarse(drawings)], 1
+    )  # (n, drawings, 256)
+    # First guess: the drawing that fits best at the upper and lower edge, where no subject stands, and where
+    # it fits best.
     edge = errors.reshape(n, -1, 16, 16)[:, :, [0, 1, 14, 15]].mean((2, 3))
     fit = (edge + np.partition(errors, 100, 2)[:, :, :100].mean(2)).argmin(1)
     behind = drawings[fit]  # (n, H, W, 3)
 
-    # A template explains: the squared error of the bare background minus that of the template, where the template is.
-    # Expanded, that is |background|^2 - 2 picture . background + 2 picture . template - |template|^2: two matrix products.
+    # A template explains: the squared error of the bare background minus that of the template, where the
+    # template is. Expanded, that is |background|^2 - 2 picture . background + 2 picture . template -
+    # |template|^2: two matrix products.
     total = ((drawn - behind) ** 2).sum((1, 2, 3)) + 1e-6
-    bare = (behind ** 2 - 2 * drawn * behind).sum(3).reshape(n, -1)
+    bare = (behind**2 - 2 * drawn * behind).sum(3).reshape(n, -1)
     subjects = list(dict.fromkeys(case.subject for case in cases))
     explained, best = np.empty((n, len(subjects))), np.empty((n, len(subjects)), int)
     for j, subject in enumerate(subjects):
         pixels, masks = templates(subject, size)
-        gain = bare @ masks.reshape(len(masks), -1).T + 2 * drawn.reshape(n, -1) @ pixels.reshape(len(masks), -1).T
-        gain -= (pixels ** 2).sum((1, 2, 3))  # (n, templates)
+        gain = (
+            bare @ masks.reshape(len(masks), -1).T
+            + 2 * drawn.reshape(n, -1) @ pixels.reshape(len(masks), -1).T
+        )
+        gain -= (pixels**2).sum((1, 2, 3))  # (n, templates)
         explained[:, j], best[:, j] = gain.max(1) / total, gain.argmax(1)
 
     result = {name: np.zeros(n) for name in ("recognised", "similarity", "background", "place", "size")}
     result["big"] = np.array([case.size == "" for case in cases])
     for i, case in enumerate(cases):
         true = subjects.index(case.subject)
-        others = [j for j, subject in enumerate(subjects) if subject.name != case.subject.name]  # (its other views are no rivals)
-        rivals = np.random.default_rng([seed, case.number]).choice(others, min(N_OTHERS, len(others)), replace=False)
+        others = [
+            j for j, subject in enumerate(subjects) if subject.name != case.subject.name
+        ]  # (its other views are no rivals)
+        rivals = np.random.default_rng([seed, case.number]).choice(
+            others, min(N_OTHERS, len(others)), replace=False
+        )
         result["recognised"][i] = explained[i, true] > explained[i, rivals].max()
         result["similarity"][i] = max(0.0, explained[i, true])
         closest = explained[i].argmax()  # size and place count whoever was drawn
@@ -162,11 +185,14 @@ def summary(result):
     recognised, big = result["recognised"], result["big"]
     mean = {name: float(result[name].mean()) for name in ("similarity", "background", "place", "size")}
     cp, pf = float(recognised.mean()), (mean["background"] + mean["place"] + mean["size"]) / 3
-    cp_by_size = {name: float(recognised[these].sum() / max(1, these.sum())) for name, these in (("CP big", big), ("CP small", ~big))}
+    cp_by_size = {
+        name: float(recognised[these].sum() / max(1, these.sum()))
+        for name, these in (("CP big", big), ("CP small", ~big))
+    }
     return {"CP": cp, "PF": pf, "CP.PF": cp * pf, "CP/PF": cp / max(pf, 1e-9), **cp_by_size, **mean}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # What the model draws
 
 
@@ -176,23 +202,33 @@ def through_tokenizer(tokenizer, pictures, device):
 
 
 def draw_cases(model, tokenizer, task, cases, references, seed, guidance):
-    """One picture a case, uint8 (n, H, W, 3). references: a picture a case, or None: then the prompt loses its <image>."""
+    """One picture a case, uint8 (n, H, W, 3). references: a picture a case, or None: then the prompt loses
+    its <image>."""
     prompts = [fill_prompt(task, case.subject.label, case.caption) for case in cases]
-    prompts = [(["".join(p)], []) for p in prompts] if references is None else [(p, [r]) for p, r in zip(prompts, references)]
+    prompts = (
+        [(["".join(p)], []) for p in prompts]
+        if references is None
+        else [(p, [r]) for p, r in zip(prompts, references)]
+    )
     cfg_image, cfg_text = guidance or (TASKS[task].cfg_image, TASKS[task].cfg_text)
-    return np.concatenate([draw(model, tokenizer, prompts[i:i + 50], seed=seed + i, cfg_image=cfg_image, cfg_text=cfg_text)
-                           for i in range(0, len(prompts), 50)])
+    return np.concatenate(
+        [
+            draw(model, tokenizer, prompts[i : i + 50], seed=seed + i, cfg_image=cfg_image, cfg_text=cfg_text)
+            for i in range(0, len(prompts), 50)
+        ]
+    )
 
 
 def copying(drawn, cases):
-    """Reconstruction -> L2 (root mean square error of a picture's pixels in [0, 1], averaged) and PSNR in dB."""
+    """Reconstruction -> L2 (root mean square error of a picture's pixels in [0, 1], averaged) and PSNR in
+    dB."""
     a, b = (to_images(list(pictures), "cpu") for pictures in (drawn, [case.scene for case in cases]))
     return {"L2": ((a - b) / 2).pow(2).mean((1, 2, 3)).sqrt().mean().item(), "PSNR": psnr(a, b)}
 
 
 def cutting_out(drawn, cases):
-    """Segmentation -> IoU of what is not black with the true mask, and the mean absolute colour error in it, in [0, 1].
-    (Subjects with black parts lose some: see the row of the scenes through the tokenizer.)"""
+    """Segmentation -> IoU of what is not black with the true mask, and the mean absolute colour error in it,
+    in [0, 1]. (Subjects with black parts lose some: see the row of the scenes through the tokenizer.)"""
     mask = np.stack([case.mask for case in cases])
     shown = drawn.max(3) > 40  # black after the tokenizer is not quite 0
     iou = (shown & mask).sum((1, 2)) / (shown | mask).sum((1, 2))
@@ -205,37 +241,70 @@ def print_table(rows):
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     print("| |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
     for name, row in rows.items():
-        print(f"| {name} |", " | ".join(f"{row[c]:.{1 if c == 'PSNR' else 3}f}" if c in row else "" for c in columns), "|")
+        print(
+            f"| {name} |",
+            " | ".join(f"{row[c]:.{1 if c == 'PSNR' else 3}f}" if c in row else "" for c in columns),
+            "|",
+        )
 
 
-SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+IMAGE_SCALES, TEXT_SCALES = (1.0, 2.0, 3.0, 5.0), (1.0, 3.0, 5.0)
+COLOURS = ((60, 90, 220), (60, 150, 60), (210, 50, 50))  # a text scale each
+
+
+def mean_and_error(values):
+    return values.mean(), values.std() / len(values) ** 0.5
 
 
 def draw_curves(points, path):
-    """points: (cfg_image, cfg_text) -> (CP, PF). A line a cfg_text, along it cfg_image grows."""
-    image = Image.new("RGB", (560, 440), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    cp, pf = zip(*points.values())
-    (left, right), (low, high) = ((min(v) - 0.03, max(v) + 0.03) for v in (pf, cp))
+    """points: (cfg_image, cfg_text) -> judged pictures. A line a cfg_text, along it cfg_image grows; bars of
+    one standard error each way."""
+    image, size, edge = Image.new("RGB", (1000, 760), "white"), (700, 600), (110, 60)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(20)
+    figures = {}
+    for scales, judged in points.items():
+        follows = (judged["background"] + judged["place"] + judged["size"]) / 3
+        figures[scales] = (
+            *mean_and_error(follows),
+            *mean_and_error(judged["recognised"]),
+        )  # PF, its error, CP, its error
+    xs, dx, ys, dy = map(np.array, zip(*figures.values()))
+    low, high = (
+        (np.floor(20 * (v - e).min()) / 20, np.ceil(20 * (v + e).max()) / 20) for v, e in ((xs, dx), (ys, dy))
+    )
+    (left, right), (bottom, top) = low, high
 
     def place(x, y):
-        return 70 + 400 * (x - left) / (right - left), 380 - 340 * (y - low) / (high - low)
+        return edge[0] + size[0] * (x - left) / (right - left), edge[1] + size[1] * (top - y) / (top - bottom)
 
-    pen.rectangle((70, 40, 470, 380), outline="black")
-    for i in range(5):
-        x, y = left + (right - left) * i / 4, low + (high - low) * i / 4
-        pen.text((place(x, low)[0], 386), f"{x:.2f}", fill="black", font=font, anchor="ma")
-        pen.text((64, place(left, y)[1]), f"{y:.2f}", fill="black", font=font, anchor="rm")
-    pen.text((270, 412), "PF, prompt following", fill="black", font=font, anchor="ma")
-    pen.text((70, 14), "CP, concept preservation; beside the dots: --cfg-image", fill="black", font=font)
-    for k, text in enumerate(SCALES):
-        colour = [(60, 90, 220), (40, 150, 160), (60, 160, 60), (220, 150, 40), (210, 50, 50)][k]
-        line = [place(points[i, text][1], points[i, text][0]) for i in SCALES]
-        pen.line(line, fill=colour, width=2)
-        for (x, y), scale in zip(line, SCALES):
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-            pen.text((x + 5, y - 5), f"{scale:g}", fill=colour, font=font)
-        pen.text((478, 50 + 20 * k), f"--cfg-text {text:g}", fill=colour, font=font)
+    for x in np.arange(left, right + 0.01, 0.05):
+        pen.line([place(x, bottom), place(x, top)], fill=(230, 230, 230))
+        pen.text(
+            (place(x, bottom)[0], edge[1] + size[1] + 8), f"{x:.2f}", fill="black", font=font, anchor="ma"
+        )
+    for y in np.arange(bottom, top + 0.01, 0.1):
+        pen.line([place(left, y), place(right, y)], fill=(230, 230, 230))
+        pen.text((edge[0] - 10, place(left, y)[1]), f"{y:.2f}", fill="black", font=font, anchor="rm")
+    pen.text(
+        (edge[0] + size[0] / 2, 720), "PF: how much of the prompt holds", fill="black", font=font, anchor="ma"
+    )
+    pen.text(
+        (edge[0] - 60, 20),
+        "CP: how often the subject is recognised; at each dot its --cfg-image",
+        fill="black",
+        font=font,
+    )
+    for text, colour in zip(TEXT_SCALES, COLOURS):
+        row = [figures[image_scale, text] for image_scale in IMAGE_SCALES]
+        pen.line([place(x, y) for x, _, y, _ in row], fill=colour, width=3)
+        for (x, x_error, y, y_error), image_scale in zip(row, IMAGE_SCALES):
+            pen.line([place(x - x_error, y), place(x + x_error, y)], fill=colour)
+            pen.line([place(x, y - y_error), place(x, y + y_error)], fill=colour)
+            cx, cy = place(x, y)
+            pen.ellipse((cx - 6, cy - 6, cx + 6, cy + 6), fill=colour)
+            pen.text((cx + 9, cy - 9), f"{image_scale:g}", fill=colour, font=font, anchor="ls")
+        x, y = place(row[0][0], row[0][2])
+        pen.text((x, y + 12), f"--cfg-text {text:g}", fill=colour, font=font, anchor="ma")
     with whole_file(path) as temporary:
         image.save(temporary, "PNG")
 
@@ -246,9 +315,13 @@ def main():
     parser.add_argument("--data", help="what it was trained on (default: emoji)")
     parser.add_argument("--n", type=at_least(2), default=200, help="pictures a task (default: 200)")
     parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--sweep", action="store_true", help="subject-driven alone, over a grid of --cfg-image and --cfg-text")
+    parser.add_argument(
+        "--sweep", action="store_true", help="subject-driven alone, over a grid of --cfg-image and --cfg-text"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    parser.add_argument("-o", "--output", help="the sheet to write (default: quality.png, with --sweep: sweep.png)")
+    parser.add_argument(
+        "-o", "--output", help="the sheet to write (default: quality.png, with --sweep: sweep.png)"
+    )
     add_device_flag(parser)
     args = parser.parse_args()
     started, device = time.time(), torch.device(args.device)
@@ -264,33 +337,62 @@ def main():
         return draw_cases(model, tokenizer, task, cases, references, args.seed, guidance)
 
     if args.sweep:
-        grid = [(image, text) for text in SCALES for image in SCALES]
+        grid = [(image, text) for text in TEXT_SCALES for image in IMAGE_SCALES]
         pictures = np.concatenate([drawn("subject-driven", references, guidance=scales) for scales in grid])
         judged = judge(pictures, cases * len(grid))
-        rows = {f"--cfg-image {image:g} --cfg-text {text:g}": summary({k: v[i * args.n:(i + 1) * args.n] for k, v in judged.items()})
-                for i, (image, text) in enumerate(grid)}
+        parts = [
+            {name: values[i * args.n : (i + 1) * args.n] for name, values in judged.items()}
+            for i in range(len(grid))
+        ]
+        rows = {
+            f"--cfg-image {image:g} --cfg-text {text:g}": summary(part)
+            for (image, text), part in zip(grid, parts)
+        }
         path = args.output or "sweep.png"
-        draw_curves({scales: (row["CP"], row["PF"]) for scales, row in zip(grid, rows.values())}, path)
+        draw_curves(dict(zip(grid, parts)), path)
     else:
         known = make_cases(trained, args.n, size, args.seed)
-        shown = {"true pictures through the tokenizer": through_tokenizer(tokenizer, [case.target for case in cases], device),
-                 "true outlines in one colour": np.stack([flattened(case) for case in cases]),
-                 "copy the reference": np.stack(references),
-                 "ignore the reference": drawn("subject-driven", None), "subject-driven": drawn("subject-driven", references)}
+        shown = {
+            "true pictures through the tokenizer": through_tokenizer(
+                tokenizer, [case.target for case in cases], device
+            ),
+            "true outlines in one colour": np.stack([flattened(case) for case in cases]),
+            "copy the reference": np.stack(references),
+            "ignore the reference": drawn("subject-driven", None),
+            "subject-driven": drawn("subject-driven", references),
+        }
         judged = judge(np.concatenate(list(shown.values())), cases * len(shown))
-        rows = {name: summary({k: v[i * args.n:(i + 1) * args.n] for k, v in judged.items()}) for i, name in enumerate(shown)}
+        rows = {
+            name: summary({k: v[i * args.n : (i + 1) * args.n] for k, v in judged.items()})
+            for i, name in enumerate(shown)
+        }
         shown["text-to-image, known labels"] = drawn("text-to-image", None, known)
         rows["text-to-image, known labels"] = summary(judge(shown["text-to-image, known labels"], known))
-        shown["reconstruction"], shown["segmentation"] = drawn("reconstruction", scenes), drawn("segmentation", scenes)
+        shown["reconstruction"], shown["segmentation"] = drawn("reconstruction", scenes), drawn(
+            "segmentation", scenes
+        )
         seen = through_tokenizer(tokenizer, scenes + [case.alone for case in cases], device)
-        copies = {"scenes through the tokenizer": copying(seen[:args.n], cases) | cutting_out(seen[args.n:], cases),
-                  "reconstruction": copying(shown["reconstruction"], cases), "segmentation": cutting_out(shown["segmentation"], cases)}
+        copies = {
+            "scenes through the tokenizer": copying(seen[: args.n], cases)
+            | cutting_out(seen[args.n :], cases),
+            "reconstruction": copying(shown["reconstruction"], cases),
+            "segmentation": cutting_out(shown["segmentation"], cases),
+        }
         path, sheet = args.output or "quality.png", []
         for name, pictures in shown.items():
             asked = known if name.endswith("known labels") else cases
-            beside = ["scene"] if name in ("reconstruction", "segmentation") else ["target"] if asked is known else ["reference", "target"]
-            cells = [(case.subject.label if beside == ["scene"] else case.caption, [*(getattr(case, field) for field in beside), picture])
-                     for case, picture in zip(asked[:8], pictures)]
+            beside = (
+                ["scene"]
+                if name in ("reconstruction", "segmentation")
+                else ["target"] if asked is known else ["reference", "target"]
+            )
+            cells = [
+                (
+                    case.subject.label if beside == ["scene"] else case.caption,
+                    [*(getattr(case, field) for field in beside), picture],
+                )
+                for case, picture in zip(asked[:8], pictures)
+            ]
             sheet.append((f"{name}: {', '.join(beside)}, drawn", cells))
         save_sheet(sheet, path)
     print_table(rows)
@@ -298,8 +400,11 @@ def main():
         print()
         print_table(copies)
         rows |= {f"{name} (copying)": row for name, row in copies.items()}
-    print(f"\n{args.n} cases of {len({c.subject.name for c in cases})} held-out subjects, seed {args.seed}, {args.ckpt}: "
-          f"{time.time() - started:.0f} s, wrote {path}")
+    print(
+        f"\n{args.n} cases of {len({c.subject.name for c in cases})} held-out subjects, "
+        f"seed {args.seed}, {args.ckpt}: "
+        f"{time.time() - started:.0f} s, wrote {path}"
+    )
     if args.json:
         with whole_file(args.json) as temporary:
             Path(temporary).write_text(json.dumps(rows, indent=1))

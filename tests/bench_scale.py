@@ -1,9 +1,11 @@
-"""A folder of a million images: how long until training could start, and how much memory does it take? Run by hand:
+"""A folder of a million images: how long until training could start, and how much memory does it take? Run by
+hand:
 
     python tests/bench_scale.py [--n 1000000]
 
 The images are links to a few cut-outs, a thousand in each class folder.
 """
+
 import argparse
 import os
 import sys
@@ -24,7 +26,10 @@ from tokenizer import draw_shape
 def own_memory():
     """What this process does not share with another, in MB (Linux)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1000
+    return (
+        sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+        / 1000
+    )
 
 
 class Memory(data.Tasks):
@@ -36,7 +41,9 @@ class Memory(data.Tasks):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, default=1_000_000)
     n = parser.parse_args().n
     with tempfile.TemporaryDirectory() as place:
@@ -53,13 +60,20 @@ def main():
             started = time.time()
             subjects = train.find_subjects(str(images), index)
             print(f"{name}: {time.time() - started:.1f} s", flush=True)
-        print(subjects.report, f"\nindex: {os.path.getsize(index) / 1e6:.0f} MB, the process grew by {own_memory() - before:.0f} MB")
+        print(
+            subjects.report,
+            f"\nindex: {os.path.getsize(index) / 1e6:.0f} MB,",
+            f"the process grew by {own_memory() - before:.0f} MB",
+        )
         started = time.time()
         dataset = Memory(subjects, {task: 0.2 for task in TASKS}, 64, (0,))
         loader = DataLoader(dataset, batch_size=100, collate_fn=list, num_workers=2, sampler=range(10_000))
         memory = [max(batch) for batch in loader]
-        print(f"10,000 samples by two workers in {time.time() - started:.0f} s; a worker's own memory: "
-              f"{memory[0]:.0f} MB at first, {memory[len(memory) // 2]:.0f} MB half-way, {memory[-1]:.0f} MB at the end")
+        print(
+            f"10,000 samples by two workers in {time.time() - started:.0f} s; a worker's own memory: "
+            f"{memory[0]:.0f} MB at first, {memory[len(memory) // 2]:.0f} MB half-way, "
+            f"{memory[-1]:.0f} MB at the end"
+        )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
     python tests/bench_speed.py                      the cpu preset, or gpu where there is one
     python tests/bench_speed.py --preset test
 
-Composing is one worker's. A training step is forward, backward and optimizers on one micro-batch of the stage-2 mix, its
-codes at hand; encoding makes these codes. A picture is drawn after a reference and a caption, with the guidance of the
-subject-driven task. Each figure is the fastest of several runs. The weights are random: they cost what trained ones do.
+Composing is one worker's. A training step is forward, backward and optimizers on one micro-batch of the
+stage-2 mix, its codes at hand; encoding makes these codes. A picture is drawn after a reference and a
+caption, with the guidance of the subject-driven task. Each figure is the fastest of several runs. The weights
+are random: they cost what trained ones do.
 """
+
 import argparse
 import resource
 import sys
@@ -46,7 +48,9 @@ def photographs(folder, n=6):
     rng = np.random.default_rng(0)
     for i in range(n):
         rough = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
-        rough.resize((4000, 3000), Image.Resampling.BICUBIC).save(Path(folder) / f"on planet {i}.jpg", quality=90)
+        rough.resize((4000, 3000), Image.Resampling.BICUBIC).save(
+            Path(folder) / f"on planet {i}.jpg", quality=90
+        )
     return data.load_subjects(folder)
 
 
@@ -55,6 +59,7 @@ def samples_per_second(config, size, backgrounds, n=64):
 
     def compose():
         collate(config, size, [dataset[i] for i in range(n)])
+
     return n / fastest(compose, torch.device("cpu"), times=3)
 
 
@@ -71,7 +76,11 @@ def main():
     args = parser.parse_args()
     config, device = CONFIGS[args.preset], torch.device(args.device)
     size = SCHEDULES[args.preset]["micro_batch"]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     print(f"{args.preset} preset, {name}, {'bf16' if has_bf16(device) else 'fp32'}\n\n| | |\n|---|---|")
 
     def row(what, value):
@@ -89,29 +98,42 @@ def main():
         if not parameter.any():  # an untrained block is the identity
             torch.nn.init.normal_(parameter, std=0.02)
     dataset = data.Tasks(data.load_subjects(), MIXES[2], config.image_size, (0,))
-    batch = collate(config, size, sorted((dataset[i] for i in range(4 * size)), key=lambda s: len(s.references)))[-1]
+    batch = collate(
+        config, size, sorted((dataset[i] for i in range(4 * size)), key=lambda s: len(s.references))
+    )[-1]
     inputs = fill_codes(tokenizer, batch, device)
     seconds = fastest(lambda: fill_codes(tokenizer, batch, device), device)
     row(f"encode {len(batch.pictures)} pictures", f"{1000 * seconds:.1f} ms")
 
-    flags = argparse.Namespace(preset=args.preset, batch_size=size, steps=None, mix=None, data=None, backgrounds=None,
-                               seed=0, out="")
-    run = Run(make_plan(2, flags, device), model, tokenizer,
-              make_optimizers(model, has_bf16(device), fused=device.type == "cuda"))
+    flags = argparse.Namespace(
+        preset=args.preset, batch_size=size, steps=None, mix=None, data=None, backgrounds=None, seed=0, out=""
+    )
+    run = Run(
+        make_plan(2, flags, device),
+        model,
+        tokenizer,
+        make_optimizers(model, has_bf16(device), fused=device.type == "cuda"),
+    )
     shape = " x ".join(map(str, inputs[0].shape))
-    for compiled in (False, True)[:1 + can_compile(device)]:
+    for compiled in (False, True)[: 1 + can_compile(device)]:
         net = parallel(model, device, compiled)
         seconds = fastest(lambda: train_step(run, net, [inputs], 1e-5), device)
         share = share_of_peak(run, [batch.lengths], seconds)
         words = "" if share is None else f", {share:.0%} of {peak_flops(device) / 1e12:.0f} TFLOP/s"
-        row(f"training step on {shape} tokens, {'compiled' if compiled else 'eager'}", f"{1000 * seconds:.0f} ms{words}")
+        row(
+            f"training step on {shape} tokens, {'compiled' if compiled else 'eager'}",
+            f"{1000 * seconds:.0f} ms{words}",
+        )
 
     model.eval()
     task, reference = TASKS["subject-driven"], inputs[3][0].cpu()
     prompt = (fill_prompt("subject-driven", "dog", "a small dog on the beach, on the left"), [reference])
     for n in (1, 8, 32):
-        seconds = fastest(lambda: generate(model, [prompt], n=n, cfg_image=task.cfg_image, cfg_text=task.cfg_text),
-                          device, times=3)
+        seconds = fastest(
+            lambda: generate(model, [prompt], n=n, cfg_image=task.cfg_image, cfg_text=task.cfg_text),
+            device,
+            times=3,
+        )
         row(f"drawing, n = {n}", f"{seconds / n:.3f} s a picture")
     row("peak memory", f"{peak_memory(device):.1f} GiB")
 

@@ -1,9 +1,11 @@
-"""kill -9 at twenty random moments of a run, on one process and on two: are the weights those of an undisturbed run? By hand:
+"""kill -9 at twenty random moments of a run, on one process and on two: are the weights those of an
+undisturbed run? By hand:
 
     python tests/bench_stops.py [--kills 20]
 
 Trains the toy (--preset test), some minutes in all, and ends with exit code 1 if a single bit differs.
 """
+
 import argparse
 import contextlib
 import os
@@ -23,10 +25,36 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def start(n, stage, out, port):
     """n ranks, as torchrun starts them, but without torchrun: its workers would outlive it."""
-    command = [sys.executable, str(ROOT / "train.py"), "--stage", str(stage), "--preset", "test", "--data", "shapes", "--device", "cpu",
-               "--out", str(out)]
-    return [subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={
-        **os.environ, "RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(n)]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--stage",
+        str(stage),
+        "--preset",
+        "test",
+        "--data",
+        "shapes",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+    return [
+        subprocess.Popen(
+            command,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(n),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(n)
+    ]
 
 
 def step_of(out):
@@ -35,7 +63,9 @@ def step_of(out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     kills = parser.parse_args().kills
     chance, same, port = random.Random(0), True, 29600
@@ -55,7 +85,9 @@ def main():
                     break
                 while step_of(killed) == before:  # it has come further than the last one
                     time.sleep(0.1)
-                    assert all(process.poll() is None for process in processes), "it ended before it could be killed"
+                    assert all(
+                        process.poll() is None for process in processes
+                    ), "it ended before it could be killed"
                 time.sleep(chance.uniform(0, 1))
                 for process in processes:
                     with contextlib.suppress(ProcessLookupError):
@@ -70,8 +102,11 @@ def main():
             a, b = (torch.load(out / "stage2.pt", weights_only=True)["model"] for out in (quiet, killed))
             equal = all(torch.equal(weight, b[name]) for name, weight in a.items())
             same &= equal
-            print(f"{n} process(es): {kills} kills, {saving} of them within a save, at the steps {steps}: "
-                  f"weights {'bit-identical' if equal else 'DIFFER'}", flush=True)
+            print(
+                f"{n} process(es): {kills} kills, {saving} of them within a save, at the steps {steps}: "
+                f"weights {'bit-identical' if equal else 'DIFFER'}",
+                flush=True,
+            )
     sys.exit(0 if same else 1)
 
 

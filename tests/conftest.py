@@ -1,21 +1,30 @@
 """Shared by all tests: a trained toy (32 px, shapes), and ways to run the scripts as a user does."""
+
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data import Tasks, load_subjects  # noqa: E402 (the path comes first)
+
+SHAPES = load_subjects("shapes")
 TOY = ("--preset", "test", "--data", "shapes", "--device", "cpu")
 
 
 def script(name, *args, **how):
     """Runs a script in a process of its own -> the finished process, with stdout and stderr as text."""
-    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], capture_output=True, text=True, **how)
+    return subprocess.run(
+        [sys.executable, str(ROOT / name), *map(str, args)], capture_output=True, text=True, **how
+    )
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +38,8 @@ def trained(tmp_path_factory):
 
 
 def noisy_model(**changes):
-    """A small transformer with no zeros in it: a fresh one ignores its prefix, since its blocks start as the identity."""
+    """A small transformer with no zeros in it: a fresh one ignores its prefix, since its blocks start as the
+    identity."""
     from mentor import CONFIGS, Mentor
 
     torch.manual_seed(0)
@@ -44,3 +54,30 @@ def noisy_model(**changes):
 @pytest.fixture
 def model():
     return noisy_model()
+
+
+@functools.cache
+def tasks_of_shapes(task, train):
+    return Tasks(SHAPES, {task: 1.0}, 32, (0,), train)
+
+
+def tasks(task, train=True, subjects=SHAPES, size=32):
+    if subjects is SHAPES and size == 32:
+        return tasks_of_shapes(task, train)
+    return Tasks(subjects, {task: 1.0}, size, (0,), train)
+
+
+def picture(path, colour=(200, 30, 30), size=(40, 30), mode="RGB", **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **how)
+    return path
+
+
+def sprite(path, colour=(200, 30, 30)):
+    """A cut-out: a coloured disc with a soft edge, on pixels of another colour that alpha hides."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[:48, :48] - 23.5
+    alpha = np.clip((20 - np.hypot(x, y)) * 64 + 128, 0, 255)
+    pixels = np.where(alpha[..., None] > 0, colour, (0, 255, 0))
+    Image.fromarray(np.dstack([pixels, alpha]).astype(np.uint8)).save(path)
+    return path

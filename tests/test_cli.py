@@ -1,4 +1,5 @@
 """The commands of the README, and what they say when they cannot go on."""
+
 import re
 import shlex
 import shutil
@@ -34,16 +35,21 @@ def call(monkeypatch, capsys, main, *args):
     return code, err.splitlines(), out
 
 
-@pytest.mark.parametrize("given, task", [
-    (("--ref", "REF", "--label", "red star", "--prompt", "a red star in space"), "subject-driven"),
-    (("--ref", "REF", "--label", "red star"), "segmentation"),
-    (("--ref", "REF", "--prompt", "a star"), "reconstruction"),
-    (("--ref", "REF"), "reconstruction"),
-    (("--prompt", "a star in space ⭐ 星"), "text-to-image"),
-])
+@pytest.mark.parametrize(
+    "given, task",
+    [
+        (("--ref", "REF", "--label", "red star", "--prompt", "a red star in space"), "subject-driven"),
+        (("--ref", "REF", "--label", "red star"), "segmentation"),
+        (("--ref", "REF", "--prompt", "a star"), "reconstruction"),
+        (("--ref", "REF"), "reconstruction"),
+        (("--prompt", "a star in space ⭐ 星"), "text-to-image"),
+    ],
+)
 def test_task_follows_from_what_is_given(trained, tmp_path, ref, monkeypatch, capsys, given, task):
     given = [str(ref) if word == "REF" else word for word in given]
-    code, _, out = call(monkeypatch, capsys, sample.main, *given, "--ckpt", trained / "stage2.pt", "-o", tmp_path / "x.png")
+    code, _, out = call(
+        monkeypatch, capsys, sample.main, *given, "--ckpt", trained / "stage2.pt", "-o", tmp_path / "x.png"
+    )
     assert code == 0 and out.startswith(task) and "s a picture" in out
     assert Image.open(tmp_path / "x.png").size == (32, 32)
 
@@ -54,7 +60,19 @@ def test_several_pictures_as_a_grid_or_one_file_each(trained, tmp_path, monkeypa
     assert Image.open(tmp_path / "grid.png").width > 4 * 96
     assert call(monkeypatch, capsys, sample.main, *common, tmp_path / "each")[0] == 0
     assert sorted(p.name for p in (tmp_path / "each").iterdir()) == [f"{i}.png" for i in range(3, 8)]
-    call(monkeypatch, capsys, sample.main, "--prompt", "a red star", "--seed", 5, "--ckpt", trained / "stage2.pt", "-o", tmp_path / "one.png")
+    call(
+        monkeypatch,
+        capsys,
+        sample.main,
+        "--prompt",
+        "a red star",
+        "--seed",
+        5,
+        "--ckpt",
+        trained / "stage2.pt",
+        "-o",
+        tmp_path / "one.png",
+    )
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "each" / "5.png").read_bytes()
 
 
@@ -64,7 +82,12 @@ def test_export_halves_the_weights_and_draws(trained, tmp_path, monkeypatch, cap
     assert code == 0 and "MB" in out
     exported = torch.load(small, weights_only=True)
     assert all(t.dtype == torch.float16 for t in exported["model"].values()) and "optimizers" not in exported
-    assert call(monkeypatch, capsys, sample.main, "--prompt", "a star", "--ckpt", small, "-o", tmp_path / "x.png")[0] == 0
+    assert (
+        call(
+            monkeypatch, capsys, sample.main, "--prompt", "a star", "--ckpt", small, "-o", tmp_path / "x.png"
+        )[0]
+        == 0
+    )
     shutil.copy(small, tmp_path / "stage2.pt")
     before = (trained / "stage2.pt").read_bytes()
     for target, out in ((tmp_path / "again.pt", tmp_path), (trained / "stage2.pt", trained)):
@@ -110,6 +133,7 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
 def test_out_of_gpu_memory_is_one_line(capsys):
     def main():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
     with pytest.raises(SystemExit) as stopped:
         sample.run_script(main)
     err = capsys.readouterr().err.splitlines()
@@ -146,7 +170,10 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
         ((*toy, *out, "--batch-size", "17"), "give a multiple of 16"),
         (("--stage", 0, *TOY, *out, "--batch-size", "1"), "give a multiple of 2"),
         (("--export", tmp_path / "x.pt", *out), "stage2.pt: no such file"),
-        (("--stage", 1, "--preset", "test", "--data", tmp_path, "--out", tmp_path / "inside"), "would be trained on"),
+        (
+            ("--stage", 1, "--preset", "test", "--data", tmp_path, "--out", tmp_path / "inside"),
+            "would be trained on",
+        ),
         (("--stage", 1, "--preset", "test", "--data", tmp_path, "--out", tmp_path), "would be trained on"),
         ((*toy, *out, "--backgrounds", tmp_path / "none"), "no such folder"),
         (("--stage", 1, "--preset", "test", "--data", tmp_path / "plain", *out), "--mix text-to-image"),
@@ -164,13 +191,29 @@ def test_show_writes_a_sheet_of_what_a_run_would_learn_from(tmp_path, monkeypatc
     mine = ("--data", f"shapes,{tmp_path / 'mine'}", "--backgrounds", tmp_path / "mine")
     toy = ("--preset", "test", "--show", "--out", tmp_path / "out")
     heights = []
-    for stage, args in ((0, ("--data", "shapes")), (1, mine), (2, mine), (2, ("--data", "shapes", "--mix", "recovery=1"))):
+    for stage, args in (
+        (0, ("--data", "shapes")),
+        (1, mine),
+        (2, mine),
+        (2, ("--data", "shapes", "--mix", "recovery=1")),
+    ):
         code, err, out = call(monkeypatch, capsys, train.main, "--stage", stage, *toy, *args)
         assert code == 0 and "subjects" in "".join(err) and "are held out" in out
         heights.append(Image.open(tmp_path / "out" / f"stage{stage}-samples.png").height)
     assert heights[0] == heights[1] < heights[2] and heights[3] < heights[1]  # a row a task: 3, 3, 5, 1
     assert not (tmp_path / "out" / "stage2.pt").exists()
-    code, err, _ = call(monkeypatch, capsys, train.main, "--stage", 2, *toy, "--data", "shapes", "--backgrounds", tmp_path / "no")
+    code, err, _ = call(
+        monkeypatch,
+        capsys,
+        train.main,
+        "--stage",
+        2,
+        *toy,
+        "--data",
+        "shapes",
+        "--backgrounds",
+        tmp_path / "no",
+    )
     assert code == 2 and "no: no such folder" in err[-1]
 
 
@@ -184,7 +227,8 @@ def readme_commands():
 
 
 def test_readme_commands_run_as_written(trained, tmp_path):
-    """The README's own commands, in order, in one folder (its benches and pip lines apart); for hours of training, two toy steps."""
+    """The README's own commands, in order, in one folder (its benches and pip lines apart); for hours of
+    training, two toy steps."""
     commands = readme_commands()
     assert len(commands) >= 8
     (tmp_path / "my_folder").mkdir()

@@ -1,4 +1,5 @@
 """The sequence, the transformer and the drawing."""
+
 import dataclasses
 import math
 
@@ -9,8 +10,24 @@ from conftest import noisy_model
 
 import data
 import mentor
-from mentor import (BOI, BOS, CODE, CONFIGS, EOI, TASKS, Drawing, Mentor, build_sequence, draw_codes, fill_prompt,
-                    generate, guidance_branches, hide_condition, pad_sequences, rotary_table)
+from mentor import (
+    BOI,
+    BOS,
+    CODE,
+    CONFIGS,
+    EOI,
+    TASKS,
+    Drawing,
+    Mentor,
+    build_sequence,
+    draw_codes,
+    fill_prompt,
+    generate,
+    guidance_branches,
+    hide_condition,
+    pad_sequences,
+    rotary_table,
+)
 from sample import collate, fill_codes, load_checkpoint
 from tokenizer import BadInput, Tokenizer
 from train import MIXES
@@ -47,7 +64,11 @@ def prefix_logits(model, pieces, references=()):
 
 
 def test_sequence_interleaves_text_and_images_in_prompt_order():
-    pieces, reference, target = fill_prompt("subject-driven", "cat", "a cat"), random_codes(1), random_codes(2)
+    pieces, reference, target = (
+        fill_prompt("subject-driven", "cat", "a cat"),
+        random_codes(1),
+        random_codes(2),
+    )
     ids, places = build_sequence(CONFIG, pieces, [reference], target)
     assert ids.tolist() == [BOS, *b"The cat in ", BOI, *[CODE] * N, EOI, *b".\na cat", BOI, *[CODE] * (N - 1)]
     assert torch.equal(places[ids == CODE][:, 3:], torch.cat((reference, target[:-1])))
@@ -56,14 +77,17 @@ def test_sequence_interleaves_text_and_images_in_prompt_order():
 
 def test_a_token_of_the_picture_differs_from_the_same_patch_of_a_reference_in_the_order_alone():
     _, places = build_sequence(CONFIG, ["", ""], [random_codes(1)], random_codes(2))
-    reference, picture = places[2:2 + N, :3], places[-N:, :3]
+    reference, picture = places[2 : 2 + N, :3], places[-N:, :3]
     assert torch.equal(reference[:, 1:], picture[:, 1:])
     orders = reference[:, 0].unique(), picture[:, 0].unique()
     assert len(orders[0]) == len(orders[1]) == 1 and orders[1] > orders[0]
 
 
 def test_placeholder_written_by_a_user_stays_text():
-    assert fill_prompt("subject-driven", "<image>", "{label} <image>") == ["The <image> in ", ".\n{label} <image>"]
+    assert fill_prompt("subject-driven", "<image>", "{label} <image>") == [
+        "The <image> in ",
+        ".\n{label} <image>",
+    ]
 
 
 def test_text_that_does_not_fit_is_refused_with_the_bytes_that_do():
@@ -88,8 +112,16 @@ def test_hidden_conditions_are_the_branches_that_guidance_compares():
     dataset = data.Tasks(data.load_subjects("shapes"), {"segmentation": 1.0}, 8, (0,))
     trained = {dataset[i].hide for i in range(100)}
     compared = {"all", "text", ""}
-    assert trained == compared == {hide for hide in compared if hide_condition(pieces, references, hide)
-                                   in [branch[1:] for branch in guidance_branches(pieces, references, 3.0, 2.0)]}
+    assert (
+        trained
+        == compared
+        == {
+            hide
+            for hide in compared
+            if hide_condition(pieces, references, hide)
+            in [branch[1:] for branch in guidance_branches(pieces, references, 3.0, 2.0)]
+        }
+    )
 
 
 # -- the transformer
@@ -101,7 +133,9 @@ def test_rotary_table_is_the_identity_at_position_zero():
 
 
 def test_rotary_table_turns_with_each_of_the_three_axes():
-    tables = [rotary_table(torch.tensor([[position]]), 32, 4)[0] for position in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    tables = [
+        rotary_table(torch.tensor([[position]]), 32, 4)[0] for position in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
     turned = torch.stack([table.flatten()[:16] < 1 for table in tables])  # (axis, pair)
     assert turned.sum(1).tolist() == [8, 4, 4] and torch.all(turned.sum(0) == 1)
 
@@ -119,10 +153,13 @@ def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
 
 def test_attention_is_torchs_own():
     q, k, v = torch.randn(3, 2, 4, 10, 16)
-    assert torch.allclose(mentor.attend(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+    assert torch.allclose(
+        mentor.attend(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5
+    )
     mask = torch.randn(10, 10)
-    assert torch.allclose(mentor.attend(q, k, v, mask),
-                          F.scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-5)
+    assert torch.allclose(
+        mentor.attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-5
+    )
     assert torch.allclose(mentor.rms_norm(q), F.rms_norm(q, (16,)), atol=1e-4)
 
 
@@ -142,15 +179,15 @@ def test_reference_is_looked_at_every_code_of_it(model):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_untrained_models_loss_is_that_of_chance(name):
-    """At every width: a head that is too sure would spend the first hundred steps on unlearning. (One layer is enough: a
-    fresh block is the identity.) Scenes, since there neighbours are often alike."""
+    """At every width: a head that is too sure would spend the first hundred steps on unlearning. (One layer
+    is enough: a fresh block is the identity.) Scenes, since there neighbours are often alike."""
     size = min(CONFIGS[name].image_size, 16 * CONFIGS[name].downsample)
     config = dataclasses.replace(CONFIGS[name], n_layer=1, image_size=size)
     torch.manual_seed(0)
     model, tokenizer = Mentor(config), Tokenizer(config)
     model.codebooks.copy_(tokenizer.codebooks.detach())
     dataset = data.Tasks(data.load_subjects("shapes"), MIXES[2], size, (0,))
-    batch, = collate(config, 16, [dataset[i] for i in range(16)])
+    (batch,) = collate(config, 16, [dataset[i] for i in range(16)])
     with torch.no_grad():
         loss = model(*fill_codes(tokenizer, batch, torch.device("cpu"))).mean().item()
     chance = config.n_codebooks * math.log(config.codebook_size)
@@ -175,8 +212,10 @@ def test_decoding_step_by_step_equals_the_full_forward_at_every_patch(n_codebook
 
 
 def test_right_padding_changes_nothing(model):
-    sequences = [build_sequence(CONFIG, ["a cat"], [], random_codes(1)),
-                 build_sequence(CONFIG, ["The cat in ", "."], [random_codes(3)], random_codes(2))]
+    sequences = [
+        build_sequence(CONFIG, ["a cat"], [], random_codes(1)),
+        build_sequence(CONFIG, ["The cat in ", "."], [random_codes(3)], random_codes(2)),
+    ]
     target = torch.stack([random_codes(1), random_codes(2)])
     together = model(*pad_sequences(sequences, multiple=32), target)
     alone = torch.cat([model(*pad_sequences([s]), t[None]) for s, t in zip(sequences, target)])
@@ -189,8 +228,10 @@ def test_loss_is_the_cross_entropy_of_the_pictures_codes_alone(n_codebooks):
     model, target = noisy_model(n_codebooks=n_codebooks), random_codes(2, n_codebooks)
     for pieces, references in ((["a cat"], []), (["", ""], [random_codes(3, n_codebooks)])):
         x = outputs(model, pieces, references, target)[-N:]
-        wanted = sum(F.cross_entropy(model.logits(x, target[:, :level], model.code_table()), target[:, level])
-                     for level in range(n_codebooks))
+        wanted = sum(
+            F.cross_entropy(model.logits(x, target[:, :level], model.code_table()), target[:, level])
+            for level in range(n_codebooks)
+        )
         sequence = build_sequence(model.config, pieces, references, target)
         assert torch.allclose(model(*pad_sequences([sequence]), target[None])[0], wanted, atol=1e-5)
 
@@ -291,8 +332,8 @@ def test_every_task_is_a_row_and_a_method():
 
 
 def test_training_step_and_drawing_step_on_the_meta_device():
-    """Meta tensors refuse to meet a CPU tensor, and to say a number: what passes here leaves no tensor behind on
-    another device, and waits for none."""
+    """Meta tensors refuse to meet a CPU tensor, and to say a number: what passes here leaves no tensor behind
+    on another device, and waits for none."""
     model = Mentor(CONFIG).to("meta")
     sequence = pad_sequences([build_sequence(CONFIG, ["a"], [], random_codes())])
     model(*(x.to("meta") for x in sequence), random_codes()[None].to("meta")).mean().backward()
@@ -307,7 +348,10 @@ def test_training_step_and_drawing_step_on_the_meta_device():
 @pytest.mark.parametrize("part", ["blocks", "step"])
 def test_compiled_equals_eager(model, part):
     if part == "blocks":
-        batch = (*pad_sequences([build_sequence(CONFIG, ["a cat"], [], random_codes())]), random_codes()[None])
+        batch = (
+            *pad_sequences([build_sequence(CONFIG, ["a cat"], [], random_codes())]),
+            random_codes()[None],
+        )
         losses = [model(*batch)]
         for block in model.blocks:
             block.compile(dynamic=False)
@@ -345,6 +389,9 @@ def test_checkpoint_with_code_in_it_executes_nothing(tmp_path):
 def test_checkpoint_of_another_version_is_refused_by_name(tmp_path):
     """Whatever its configuration was: one with fields that are gone is old, not damaged."""
     path = tmp_path / "old.pt"
-    torch.save({"config": {"image_size": 64, "gone": 1}, "model": {}, "tokenizer": {}, "stage": 2, "version": 2}, path)
+    torch.save(
+        {"config": {"image_size": 64, "gone": 1}, "model": {}, "tokenizer": {}, "stage": 2, "version": 2},
+        path,
+    )
     with pytest.raises(BadInput, match="old.pt: written by another version"):
         load_checkpoint(path)

@@ -1,4 +1,5 @@
 """The judge of tests/bench_quality.py must tell apart what it is there to tell apart."""
+
 import json
 import sys
 
@@ -38,13 +39,22 @@ def test_another_subject_in_the_right_scene_keeps_the_prompt_and_not_the_subject
     rng, drawn = np.random.default_rng(0), []
     for case, other in zip(cases, cases[1:] + cases[:1]):
         background = data.draw_background(case.background, 64, rng)
-        drawn.append(np.asarray(data.compose(data.cutout(other.subject), background, data.named_placement(case.size, case.place))[0]))
+        drawn.append(
+            np.asarray(
+                data.compose(
+                    data.cutout(other.subject), background, data.named_placement(case.size, case.place)
+                )[0]
+            )
+        )
     score = summary(judge(np.stack(drawn), cases))
     assert score["CP"] <= 0.15 and score["PF"] >= 0.9 and score["similarity"] < 0.5
 
 
 def test_copies_and_cutouts_of_the_truth_are_perfect_and_a_black_picture_is_not(cases):
-    assert copying(np.stack([case.scene for case in cases]), cases) == {"L2": 0.0, "PSNR": pytest.approx(106, abs=1)}
+    assert copying(np.stack([case.scene for case in cases]), cases) == {
+        "L2": 0.0,
+        "PSNR": pytest.approx(106, abs=1),
+    }
     truth, black = np.stack([case.alone for case in cases]), np.zeros((40, 64, 64, 3), np.uint8)
     assert cutting_out(truth, cases)["IoU"] > 0.9 and cutting_out(truth, cases)["colour error"] == 0
     white = [case._replace(scene=np.full((64, 64, 3), 255, np.uint8)) for case in cases]
@@ -54,7 +64,11 @@ def test_copies_and_cutouts_of_the_truth_are_perfect_and_a_black_picture_is_not(
 
 def test_without_references_the_model_is_given_words_alone(cases, monkeypatch):
     asked = []
-    monkeypatch.setattr(bench_quality, "draw", lambda model, tokenizer, prompts, **how: asked.extend(prompts) or np.zeros((len(prompts), 2)))
+    monkeypatch.setattr(
+        bench_quality,
+        "draw",
+        lambda model, tokenizer, prompts, **how: asked.extend(prompts) or np.zeros((len(prompts), 2)),
+    )
     for references in (None, [case.reference for case in cases]):
         draw_cases(None, None, "subject-driven", cases, references, 0, None)
     for case, (pieces, shown), (_, whole) in zip(cases, asked, asked[40:]):
@@ -64,11 +78,27 @@ def test_without_references_the_model_is_given_words_alone(cases, monkeypatch):
 @pytest.mark.parametrize("sweep", [False, True])
 def test_bench_runs_and_repeats_itself(trained, tmp_path, monkeypatch, capsys, sweep):
     figures = []
-    monkeypatch.setattr(bench_quality, "SCALES", (1.0, 3.0))
+    monkeypatch.setattr(bench_quality, "IMAGE_SCALES", (1.0, 3.0))
+    monkeypatch.setattr(bench_quality, "TEXT_SCALES", (1.0, 2.0))
     for i in range(2):
-        monkeypatch.setattr(sys, "argv", ["bench_quality.py", "--ckpt", str(trained / "stage2.pt"), "--data", "shapes", "--n", "4",
-                                          "-o", str(tmp_path / "sheet.png"), "--json", str(tmp_path / "figures.json")]
-                            + ["--sweep"] * sweep)
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "bench_quality.py",
+                "--ckpt",
+                str(trained / "stage2.pt"),
+                "--data",
+                "shapes",
+                "--n",
+                "4",
+                "-o",
+                str(tmp_path / "sheet.png"),
+                "--json",
+                str(tmp_path / "figures.json"),
+            ]
+            + ["--sweep"] * sweep,
+        )
         bench_quality.main()
         figures.append(json.loads((tmp_path / "figures.json").read_text()))
     assert figures[0] == figures[1] and (tmp_path / "sheet.png").stat().st_size > 1000
@@ -78,8 +108,21 @@ def test_bench_runs_and_repeats_itself(trained, tmp_path, monkeypatch, capsys, s
 
 def test_an_ablation_row_is_one_command(trained, tmp_path):
     for row, ckpt in (("without stage 1", "stage1.pt"), ("without recovery", "stage2.pt")):
-        done = script("tests/bench_ablation.py", "--row", row, "--tokenizer", trained / "tokenizer.pt", "--steps", 2, 1, "--n", 2,
-                      "--out", tmp_path, *TOY[:4])
+        done = script(
+            "tests/bench_ablation.py",
+            "--row",
+            row,
+            "--tokenizer",
+            trained / "tokenizer.pt",
+            "--steps",
+            2,
+            1,
+            "--n",
+            2,
+            "--out",
+            tmp_path,
+            *TOY[:4]
+        )
         assert done.returncode == 0, done.stderr
         mix = torch.load(tmp_path / row.replace(" ", "-") / ckpt, weights_only=True)["settings"]["mix"]
         assert abs(sum(mix.values()) - 1) < 1e-9 and ("recovery" in mix) == (row == "without stage 1")

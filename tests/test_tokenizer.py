@@ -1,4 +1,5 @@
 """Pictures in and out, and the VQ tokenizer."""
+
 import dataclasses
 import json
 
@@ -51,7 +52,8 @@ def test_the_search_in_parts_finds_what_the_search_at_once_does():
 
 
 def test_straight_through_gradient_reaches_the_encoder():
-    """With the encoder's own vectors as codebook the quantisation terms are 0: only the picture's error is left."""
+    """With the encoder's own vectors as codebook the quantisation terms are 0: only the picture's error is
+    left."""
     tokenizer, images = small(), torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         tokenizer.codebooks[0, :32] = tokenizer.features(images).flatten(0, 1)
@@ -82,12 +84,16 @@ def test_a_picture_has_the_same_codes_in_training_as_in_drawing():
 def test_each_codebook_gets_its_whole_quantisation_term_and_the_encoder_a_quarter():
     """With the commitment weight on the wrong term the codebooks would learn four times too slowly."""
     tokenizer, images = small(n_codebooks=3), torch.rand(2, 3, 32, 32) * 2 - 1
-    torch.nn.init.zeros_(tokenizer.decoder[0].weight)  # nothing of the picture's error reaches codebook or encoder
+    torch.nn.init.zeros_(
+        tokenizer.decoder[0].weight
+    )  # nothing of the picture's error reaches codebook or encoder
     loss, codes, _ = tokenizer(images)
     z = tokenizer.features(images)
     first, second, third = tokenizer.look_up(codes).unbind(2)
-    to_codebooks = sum((vector - left.detach()).pow(2).mean() for vector, left in
-                       ((first, z), (second, z - first), (third, z - first - second)))
+    to_codebooks = sum(
+        (vector - left.detach()).pow(2).mean()
+        for vector, left in ((first, z), (second, z - first), (third, z - first - second))
+    )
     to_encoder = 0.25 * (z - (first + second + third).detach()).pow(2).mean()
     for parameter, wanted in ((tokenizer.codebooks, to_codebooks), (tokenizer.encoder[0].weight, to_encoder)):
         wanted = torch.autograd.grad(wanted, parameter, retain_graph=True)[0]

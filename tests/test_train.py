@@ -1,4 +1,5 @@
 """The training loop: what it optimises, that it resumes, and that several processes do what one does."""
+
 import argparse
 import json
 import os
@@ -56,7 +57,9 @@ def test_workers_lay_out_what_the_device_fills_with_codes():
 
     def by_itself(s):
         pictures = [tokenizer.encode(sample.to_images([p], CPU))[0] for p in (s.target, *s.references)]
-        condition = sample.hide_condition(sample.fill_prompt(s.task, s.label, s.caption), pictures[1:], s.hide)
+        condition = sample.hide_condition(
+            sample.fill_prompt(s.task, s.label, s.caption), pictures[1:], s.hide
+        )
         return *sample.build_sequence(CONFIG, *condition, pictures[0]), pictures[0]
 
     wanted = [by_itself(s) for s in samples]
@@ -65,8 +68,10 @@ def test_workers_lay_out_what_the_device_fills_with_codes():
         places[..., 3:] *= (ids == CODE)[..., None]  # what stands beside a byte is never looked at
         found += [(i[:n], p[:n], t) for i, p, n, t in zip(ids, places, lengths, target)]
     for ids, places, target in wanted:
-        same = [len(ids) == len(i) and torch.equal(ids, i) and torch.equal(places, p) and torch.equal(target, t)
-                for i, p, t in found]
+        same = [
+            len(ids) == len(i) and torch.equal(ids, i) and torch.equal(places, p) and torch.equal(target, t)
+            for i, p, t in found
+        ]
         assert sum(same) >= 1
 
 
@@ -103,7 +108,9 @@ def test_muon_meets_each_projection_of_attention_alone():
 
 def test_mix_is_read_normalised_and_put_in_order():
     assert train.parse_mix("segmentation=3,text-to-image=1") == {"segmentation": 0.75, "text-to-image": 0.25}
-    orders = [list(train.parse_mix(text)) for text in ("recovery=1,segmentation=1", "segmentation=1,recovery=1")]
+    orders = [
+        list(train.parse_mix(text)) for text in ("recovery=1,segmentation=1", "segmentation=1,recovery=1")
+    ]
     assert orders[0] == orders[1]  # which task a random number means depends on it
     for mix in train.MIXES.values():
         assert sum(mix.values()) == pytest.approx(1) and list(mix) == [task for task in TASKS if task in mix]
@@ -157,8 +164,17 @@ def test_losses_fall_and_everything_is_written(trained):
     assert not list(trained.glob("*.tmp"))
 
 
-ARGS = {"preset": "test", "data": "shapes", "backgrounds": None, "steps": None, "batch_size": None, "seed": 0,
-        "mix": None, "workers": 0, "compile": False}
+ARGS = {
+    "preset": "test",
+    "data": "shapes",
+    "backgrounds": None,
+    "steps": None,
+    "batch_size": None,
+    "seed": 0,
+    "mix": None,
+    "workers": 0,
+    "compile": False,
+}
 
 
 def run_stage(stage, out, **changes):
@@ -205,8 +221,11 @@ def test_kill_in_the_middle_then_the_same_command_gives_the_same_weights(trained
 
 def test_interrupt_saves_and_leaves_with_one_line(trained, tmp_path):
     shutil.copy(trained / "stage1.pt", tmp_path)
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--stage", "2", *TOY, "--out", str(tmp_path)],
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--stage", "2", *TOY, "--out", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (tmp_path / "stage2.pt").exists():
         time.sleep(0.05)
         assert process.poll() is None, "it ended before it could be interrupted"
@@ -216,7 +235,8 @@ def test_interrupt_saves_and_leaves_with_one_line(trained, tmp_path):
 
 
 def test_a_signal_after_the_last_step_is_not_lost(trained, tmp_path, monkeypatch):
-    """The tokenizer's last evaluation may be under way: what is finished is kept, and stage 1 does not begin."""
+    """The tokenizer's last evaluation may be under way: what is finished is kept, and stage 1 does not
+    begin."""
     shutil.copy(trained / "stage1.pt", tmp_path)
     monkeypatch.setattr(train, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {})
     with pytest.raises(SystemExit) as stopped:
@@ -225,8 +245,12 @@ def test_a_signal_after_the_last_step_is_not_lost(trained, tmp_path, monkeypatch
     assert torch.load(tmp_path / "stage2.pt", weights_only=True)["step"] == 1
 
 
-@pytest.mark.parametrize("before, said", [(4, "stopped: 2 of 80 steps are saved"), (1, "nothing was saved yet")])
-def test_a_signal_that_stops_the_compiler_too_leaves_with_one_line(trained, tmp_path, monkeypatch, capsys, before, said):
+@pytest.mark.parametrize(
+    "before, said", [(4, "stopped: 2 of 80 steps are saved"), (1, "nothing was saved yet")]
+)
+def test_a_signal_that_stops_the_compiler_too_leaves_with_one_line(
+    trained, tmp_path, monkeypatch, capsys, before, said
+):
     class CompileError(RuntimeError):
         __module__ = "torch._inductor.exc"
 
@@ -239,6 +263,7 @@ def test_a_signal_that_stops_the_compiler_too_leaves_with_one_line(trained, tmp_
             os.kill(os.getpid(), signal.SIGINT)
             raise CompileError("C++ compile error")
         return accumulate(*args)
+
     monkeypatch.setattr(train, "accumulate", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run_stage(2, tmp_path)
@@ -252,6 +277,7 @@ def test_a_bug_is_a_bug_also_while_a_signal_waits(trained, tmp_path, monkeypatch
     def broken(*args):
         os.kill(os.getpid(), signal.SIGINT)
         raise RuntimeError("a bug")
+
     monkeypatch.setattr(train, "accumulate", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run_stage(2, tmp_path)
@@ -274,11 +300,13 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(trained, tmp_path, m
 
 
 def test_figures_that_a_kill_took_are_made_up_for(trained, tmp_path, monkeypatch, capsys):
-    """Between the last save and the last figures: the same command finds the run finished, and still looks."""
+    """Between the last save and the last figures: the same command finds the run finished, and still
+    looks."""
     shutil.copy(trained / "stage1.pt", tmp_path)
 
     def killed(*args):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -298,6 +326,7 @@ def test_the_logged_rate_is_that_of_the_last_steps(trained, tmp_path, monkeypatc
         steps.append(True)
         time.sleep(0.3 if len(steps) <= 10 else 0)
         return step(*args)
+
     monkeypatch.setattr(train, "train_step", slow_at_first)
     monkeypatch.setattr(train, "evaluate", lambda *_: {})
     run_stage(2, tmp_path, steps=20)
@@ -309,8 +338,22 @@ def test_the_logged_rate_is_that_of_the_last_steps(trained, tmp_path, monkeypatc
 def test_terminating_the_whole_group_saves_and_leaves_with_one_line(trained, tmp_path):
     """As Ctrl-C, timeout and job schedulers do: the workers get the signal, too."""
     shutil.copy(trained / "stage1.pt", tmp_path)
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--stage", "2", *TOY, "--workers", "2", "--out", str(tmp_path)],
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--stage",
+            "2",
+            *TOY,
+            "--workers",
+            "2",
+            "--out",
+            str(tmp_path),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     while not (tmp_path / "stage2.pt").exists():
         time.sleep(0.05)
         assert process.poll() is None, "it ended before it could be stopped"
@@ -327,9 +370,16 @@ def test_full_disk_keeps_the_last_good_checkpoint(trained, tmp_path):
 
     def limit():  # a file may not grow beyond 100 kB: what a full disk looks like
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
     done = script("train.py", "--stage", 2, *TOY, "--out", tmp_path, preexec_fn=limit)
-    assert done.returncode == 2 and "stage2.pt: cannot be written" in done.stderr.splitlines()[-1], done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "stage2.pt").exists() and not list(tmp_path.glob("*.tmp"))
+    assert (
+        done.returncode == 2 and "stage2.pt: cannot be written" in done.stderr.splitlines()[-1]
+    ), done.stderr
+    assert (
+        "Traceback" not in done.stderr
+        and not (tmp_path / "stage2.pt").exists()
+        and not list(tmp_path.glob("*.tmp"))
+    )
 
 
 # -- several processes
@@ -361,9 +411,25 @@ def test_torchrun_trains_as_one_process_does(trained, tmp_path):
         out = tmp_path / str(processes)
         out.mkdir()
         shutil.copy(trained / "stage1.pt", out)
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
-                               str(ROOT / "train.py"), "--stage", "2", *TOY, "--steps", "3", "--out", str(out)],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                f"--nproc_per_node={processes}",
+                "--standalone",
+                str(ROOT / "train.py"),
+                "--stage",
+                "2",
+                *TOY,
+                "--steps",
+                "3",
+                "--out",
+                str(out),
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         losses.append([r["held_out"]["text-to-image"] for r in records if "held_out" in r])

@@ -1,0 +1,403 @@
+"""Where subjects come from: the emoji font, and folders that people have."""
+import colorsys
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from conftest import SHAPES, picture, sprite, tasks
+from PIL import Image, ImageOps
+
+import data
+from data import Tasks, cutout, load_subjects
+from mentor import TASKS
+from tokenizer import BadInput, emoji_font, open_square, read_image
+from train import find_subjects
+
+
+def test_emoji_are_things_with_names():
+    if emoji_font() is None:
+        pytest.skip("no colour emoji font on this machine")
+    subjects = load_subjects("emoji")
+    labels = [s.label for s in subjects]
+    assert (
+        len(subjects) > 800
+        and {"dog", "red apple", "bicycle"} <= set(labels)
+        and len(labels) == len(set(labels))
+    )
+    assert not [name for name in labels if "keycap" in name or "regional" in name]
+    assert cutout(subjects[0]).mode == "RGBA"
+
+
+def test_no_emoji_font_falls_back_to_shapes_aloud_only_by_default(monkeypatch, capsys):
+    monkeypatch.setattr(data, "emoji_font", lambda: None)
+    assert list(load_subjects()) == list(SHAPES) and "using --data shapes" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="apt-get install"):
+        load_subjects("emoji")
+
+
+def test_folder_with_sidecars_or_classes(tmp_path):
+    sprite(tmp_path / "a" / "one.png")
+    (tmp_path / "a" / "one.txt").write_text("A Red Ball.\nsecond line\n")
+    sprite(tmp_path / "a" / "dog" / "1.png")
+    picture(tmp_path / "a" / "plain.jpg")
+    by_label = {s.label: s for s in load_subjects(str(tmp_path / "a"))}
+    assert set(by_label) == {"red ball", "dog", "plain"}
+    assert by_label["red ball"].has_cutout and not by_label["plain"].has_cutout
+
+
+def test_plain_pictures_serve_reconstruction_and_text_to_image_alone(tmp_path):
+    for i in range(30):
+        picture(tmp_path / f"photo {i}.jpg", (i * 8, 100, 100))
+    subjects = load_subjects(str(tmp_path))
+    sample = tasks("reconstruction", subjects=subjects)[0]
+    assert sample.target.shape == (32, 32, 3) and np.array_equal(sample.references[0], sample.target)
+    with pytest.raises(BadInput, match="--mix text-to-image"):
+        tasks("segmentation", subjects=subjects)
+
+
+def colour_of(i):
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i / 10, 1, 1))
+
+
+def bomb(path):
+    """A PNG whose header promises 10,000 x 10,000 pixels."""
+    header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + b"\0" * 40
+    )
+
+
+def test_bad_files_by_the_dozen_are_named_and_never_fed(tmp_path, capfd):
+    """Ten good cut-outs, each of its own colour, among ten times as many bad files: every sample shows the
+    colour of its label."""
+    for i in range(10):
+        sprite(tmp_path / f"good {i}.png", colour_of(i))
+    whole = (tmp_path / "good 1.png").read_bytes()
+    for i in range(30):
+        (tmp_path / f"empty {i}.png").write_bytes(b"")
+        (tmp_path / f"text {i}.jpg").write_text("not an image")
+        (tmp_path / f"cut {i}.png").write_bytes(whole[: len(whole) // 2])  # its header is whole
+    picture(tmp_path / "photo.jpg", size=(400, 300))
+    (tmp_path / "photo.jpg").write_bytes((tmp_path / "photo.jpg").read_bytes()[:1000])
+    bomb(tmp_path / "bomb.png")
+    Image.new("RGBA", (9, 9)).save(tmp_path / "nothing.png")  # clear all over
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "itself.png").symlink_to(tmp_path / "itself.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "good 2.txt").write_bytes("not utf-8: \xe9".encode("latin-1"))
+    (tmp_path / "good 3.txt").write_text("🦉 בומה")
+    (tmp_path / "good 4.txt").write_text("word " * 2000)
+    subjects = load_subjects(str(tmp_path))
+    assert "skipped 94 files" in subjects.report and len(subjects) == 10 + 1
+    colours = {
+        subject.label: colour_of(i)
+        for i in range(10)
+        for subject in subjects
+        if subject.path.endswith(f"good {i}.png")
+    }
+    assert (
+        len(colours) == 10
+        and "🦉 בומה" in colours
+        and max(len(label.encode()) for label in colours) <= data.MAX_LABEL
+    )
+    for task in TASKS:
+        dataset = Tasks(subjects, {task: 1.0}, 32, (0,))
+        dataset.train = False  # the same subjects, their colours as they are
+        for i in range(60):
+            sample = dataset[i]
+            for image in (sample.target, *sample.references):
+                assert (np.abs(image.astype(int) - colours[sample.label]).max(2) < 40).any(), (
+                    task,
+                    i,
+                    sample.label,
+                )
+    said = capfd.readouterr().err
+    assert (
+        said.count("photo.jpg: not a readable image") == 1
+    )  # a JPEG's pixels are read only where it is used
+
+
+def test_odd_files_are_read_all_the_same(tmp_path):
+    picture(tmp_path / "png.jpg", format="PNG")  # by content, not by name
+    picture(tmp_path / "dot.png", size=(1, 1))
+    picture(tmp_path / "line.png", size=(1, 5000))
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    disc = Image.open(sprite(tmp_path / "disc.png"))
+    disc.quantize(16).save(tmp_path / "palette.png", transparency=0)
+    subjects = load_subjects(str(tmp_path))
+    assert {s.label: s.has_cutout for s in subjects} == dict.fromkeys(
+        ("png", "dot", "line", "moving"), False
+    ) | {"disc": True, "palette": True}
+    assert "skipped 0 files" in subjects.report
+    for subject in subjects:
+        assert open_square(subject.path, 32).size == (32, 32)
+        assert not subject.has_cutout or max(cutout(subject).size) <= 256
+    assert np.asarray(open_square(tmp_path / "moving.gif", 8))[0, 0].tolist() == [
+        255,
+        0,
+        0,
+    ]  # its first picture
+
+
+def test_bad_lines_of_metadata_are_passed_over(tmp_path):
+    folder = tmp_path / "mine"
+    for name in ("good", "small", "dark", "no mask"):
+        picture(folder / f"{name}.jpg", size=(40, 40))
+    picture(tmp_path / "outside.jpg")
+    half = np.zeros((20, 20), np.uint8)  # half the size of its picture, and grey where it must not count
+    half[5:15, 5:15], half[0:3] = 255, 100
+    Image.fromarray(half).save(folder / "half.png")
+    Image.new("L", (40, 40)).save(folder / "empty mask.png")
+    lines = [
+        {"file_name": "good.jpg", "text": "the good one", "mask": "half.png"},
+        {"file_name": "small.jpg", "mask": "../outside.jpg"},
+        {"file_name": "../outside.jpg"},
+        {"file_name": str(tmp_path / "outside.jpg")},
+        {"text": "no file"},
+        {"file_name": 7},
+        [1],
+        5,
+        None,
+        {"file_name": "dark.jpg", "mask": "empty mask.png"},
+        {"file_name": "no mask.jpg", "mask": "nowhere.png"},
+        {"file_name": ""},
+        {"file_name": "good.jpg", "label": "\ud83d"},
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{not json\n\n")
+    subjects = load_subjects(str(folder))
+    assert [s.label for s in subjects] == [
+        "good one",
+        "dark",
+        "no mask",
+    ] and "skipped 11 files" in subjects.report
+    assert cutout(subjects[0]).size == (20, 20)
+    for subject, words in ((subjects[1], "its mask is empty"), (subjects[2], "nowhere.png")):
+        with pytest.raises(BadInput, match=words):
+            cutout(subject)
+    dataset = Tasks(subjects, {"segmentation": 1.0}, 32, (0,))
+    assert {dataset[i].label for i in range(40)} == {"good one"}
+
+
+def test_pictures_without_a_subject_are_not_views_of_one(tmp_path):
+    for name in ("1.png", "2.png", "2.webp"):
+        sprite(tmp_path / name)
+    lines = [
+        {"file_name": "1.png", "subject_id": None},
+        {"file_name": "2.png", "subject_id": None},
+        {"file_name": "2.webp", "subject_id": "1.png"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "0 pairs" in load_subjects(str(tmp_path)).report
+    (tmp_path / "metadata.jsonl").unlink()
+    assert "0 pairs" in load_subjects(str(tmp_path)).report
+
+
+def test_a_rectangle_without_a_transparent_pixel_is_a_plain_picture(tmp_path):
+    """As screenshots are: RGBA, and opaque all over. They serve where a plain picture does, and nowhere
+    else."""
+    for i in range(9):
+        picture(tmp_path / f"shot {i}.png", mode="RGBA")
+    subjects = load_subjects(str(tmp_path))
+    assert "9 images, 0 of them cut-outs" in subjects.report
+    sample = tasks("text-to-image", subjects=subjects)[0]
+    assert sample.label.startswith("shot") and np.abs(sample.target - (200, 30, 30)).max() == 0
+    with pytest.raises(BadInput, match="none of these images has alpha"):
+        tasks("segmentation", subjects=subjects)
+    sprite(tmp_path / "disc.png")
+    subjects = load_subjects(str(tmp_path))
+    for task, shown in (("segmentation", {"disc"}), ("text-to-image", {s.label for s in subjects})):
+        dataset = Tasks(subjects, {task: 1.0}, 32, (0,))
+        assert {dataset[i].label for i in range(200)} == shown
+
+
+def test_mirrored_files_are_views_of_one_subject(tmp_path):
+    sprite(tmp_path / "owl.png")
+    sprite(tmp_path / "owl_mirror.png")
+    (tmp_path / "owl.txt").write_text("A wise owl.")
+    subjects = load_subjects(str(tmp_path))
+    assert (
+        [s.label for s in subjects] == ["wise owl"] * 2
+        and "1 subjects" in subjects.report
+        and "2 pairs" in subjects.report
+    )
+    assert list(subjects.views(0)) == list(subjects.views(1)) == [0, 1]
+
+
+def test_photographs_and_plain_pictures_become_backgrounds(tmp_path):
+    for i in range(3):
+        picture(tmp_path / "photos" / f"on planet {i}.jpg", (250, 0, 250))
+    for i in range(20):
+        sprite(tmp_path / "mine" / f"{i}.png", (0, 0, 0))
+        picture(tmp_path / "mine" / f"plain {i}.jpg", (0, 250, 250))
+    subjects, photographs = load_subjects(str(tmp_path / "mine")), load_subjects(str(tmp_path / "photos"))
+
+    def shows(image, colour):
+        return (np.abs(image.astype(int) - colour).max(2) < 30).mean() > 0.1
+
+    dataset = Tasks(subjects, {"subject-driven": 1.0}, 32, (0,), True, photographs)
+    samples = [dataset[i] for i in range(100)]
+    for sample in samples:
+        assert shows(sample.target, (250, 0, 250)) == ("on planet" in sample.caption)
+        assert not shows(
+            sample.target, (0, 250, 250)
+        )  # nobody knows words for what is behind in a plain picture
+    assert 35 < sum("on planet" in sample.caption for sample in samples) < 65
+    assert 10 < sum(shows(sample.references[0], (0, 250, 250)) for sample in samples) < 45
+
+
+def test_target_and_reference_never_share_a_background(tmp_path):
+    """With two photographs, by chance, they would share one in a quarter of the pairs."""
+    for i, colour in enumerate(((250, 0, 250), (0, 250, 250))):
+        picture(tmp_path / f"on planet {i}.jpg", colour)
+    photographs = load_subjects(str(tmp_path))
+    for task in ("subject-driven", "recovery"):
+        dataset = Tasks(SHAPES, {task: 1.0}, 32, (0,), True, photographs)
+        pairs = []
+        for i in range(150):
+            sample = dataset[i]
+            corners = [image[0, 0].astype(int) for image in (sample.references[0], sample.target)]
+            pairs.append(np.abs(corners[0] - corners[1]).max() < 8)
+            if "on planet" in sample.caption:
+                assert not pairs[-1]
+        assert np.mean(pairs) < 0.1  # (two drawn ones may have like skies)
+
+
+def test_index_is_used_until_a_folder_or_the_code_changes(tmp_path, monkeypatch):
+    sprite(tmp_path / "mine" / "a" / "1.png")
+    index, folder = str(tmp_path / "index.npz"), str(tmp_path / "mine")
+    first = find_subjects(f"shapes,{folder}", index)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "scan", None)  # not called
+        again = find_subjects(f"shapes,{folder}", index)
+        copied = tmp_path / "data.py"  # another day's code, with another rule of what is held out, say
+        copied.write_text("changed")
+        patch.setattr(data, "__file__", str(copied))
+        with pytest.raises(TypeError):
+            find_subjects(f"shapes,{folder}", index)
+    assert (
+        list(again) == list(first) == list(load_subjects(f"shapes,{folder}")) and again.report == first.report
+    )
+    sprite(tmp_path / "mine" / "a" / "2.png")
+    assert len(find_subjects(f"shapes,{folder}", index)) == len(first) + 1
+    assert len(find_subjects("shapes", index)) == len(SHAPES)
+    (tmp_path / "mine" / "metadata.jsonl").write_text('{"file_name": "a/1.png", "label": "one"}')
+    for damage in (b"", b"no archive", (tmp_path / "index.npz").read_bytes()[:300]):
+        (tmp_path / "index.npz").write_bytes(damage)
+        assert find_subjects(folder, index)[0].label == "one"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.py", "index.npz", "mine"]
+
+
+def test_looking_a_subject_up_copies_no_column():
+    """A million pictures have a column of 8 MB: searching in one that is not aligned would copy it each
+    time."""
+    assert SHAPES.table["subject"].flags.aligned and SHAPES.table.dtype.isalignedstruct
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    for parent in ("a", "b"):
+        sprite(tmp_path / parent / "dogs" / "1.png")
+        (tmp_path / f"link {parent}").symlink_to(tmp_path / parent / "dogs")
+    for sources in ("{0}/a/dogs,{0}/b/dogs/", "{0}/link a,{0}/link b"):
+        with pytest.raises(BadInput, match="of one name"):
+            load_subjects(sources.format(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "mode, ending",
+    [("L", "png"), ("P", "gif"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png"), ("I;16", "png")],
+)
+def test_any_mode_of_image_is_read(tmp_path, mode, ending):
+    path = tmp_path / f"image.{ending}"
+    if mode == "I;16":
+        Image.fromarray(np.full((30, 40), 40000, np.uint16)).save(path)
+    else:
+        picture(path, mode=mode)
+    square = np.asarray(open_square(path, 32)).astype(int)
+    assert square.shape == (32, 32, 3)
+    if mode != "1":  # a dither has no one colour
+        wanted = (156,) * 3 if mode == "I;16" else (82,) * 3 if "L" in mode else (200, 30, 30)
+        assert np.abs(square.mean((0, 1)) - wanted).max() < 12
+
+
+def test_exif_rotation_is_followed_and_alpha_lies_on_white(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[:, 20:] = 255
+    Image.fromarray(image).save(tmp_path / "turned.png", exif=exif)
+    square = np.asarray(open_square(tmp_path / "turned.png", 20)).astype(int)
+    assert square[:8].mean() < 60 and square[-8:].mean() > 200
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert np.all(np.asarray(open_square(tmp_path / "clear.png", 8)) == 255)
+
+
+def test_labels_are_short_and_bare():
+    assert data.clean_label("The quick brown fox jumps over the lazy dog.\nmore") == "quick brown fox jumps"
+    for letter in ("é", "İ", "Ⱥ"):  # small letters may take more bytes than capital ones: two become three
+        assert len(data.clean_label(letter * 40).encode()) <= data.MAX_LABEL
+
+
+def test_words_of_a_background_are_not_cut_like_a_label(tmp_path):
+    picture(tmp_path / "on a mountain in the morning.jpg")
+    dataset = Tasks(SHAPES, {"text-to-image": 1.0}, 16, (0,), True, load_subjects(str(tmp_path)))
+    captions = [dataset[i].caption for i in range(40)]
+    assert sum("on a mountain in the morning" in caption for caption in captions) > 10
+
+
+def test_captions_are_in_the_words_that_a_user_types(tmp_path):
+    """sample.py cleans a prompt by the same function: articles stay, capitals and the full stop go."""
+    picture(tmp_path / "1.jpg")
+    (tmp_path / "1.txt").write_text("A red square on  the Wall.\nsecond line")
+    sample = tasks("text-to-image", subjects=load_subjects(str(tmp_path)))[0]
+    assert sample.caption == data.clean_text("A red square on the wall") == "a red square on the wall"
+    assert sample.label == "red square on the wall"
+
+
+def test_large_photographs_are_decoded_small(tmp_path, monkeypatch):
+    """12 megapixels, drawn at 64 px: no more than 256 x 256 is decoded, and the picture is the same but for
+    rounding."""
+    y, x = np.mgrid[:3000, :4000]
+    pixels = np.stack((x / 16, y / 12, (x + y) / 28), -1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "large.jpg", quality=95)
+    decoded, transpose = [], ImageOps.exif_transpose
+    monkeypatch.setattr(
+        ImageOps, "exif_transpose", lambda image: decoded.append(image.size) or transpose(image)
+    )
+    small = np.asarray(open_square(tmp_path / "large.jpg", 64)).astype(int)
+    assert max(decoded[0]) <= 512
+    wanted = Image.fromarray(pixels[:, 500:3500]).resize((64, 64), Image.Resampling.BOX)
+    assert np.abs(small - np.asarray(wanted)).mean() < 2
+    assert (
+        read_image(tmp_path / "large.jpg").size == (4000, 3000)
+        and read_image(tmp_path / "large.jpg").mode == "RGB"
+    )
+
+
+def test_large_pictures_get_subjects_of_their_own_size(tmp_path):
+    """At 512 px a subject of 400 px is not drawn up from 256."""
+    alpha = np.pad(np.full((400, 400), 255, np.uint8), 20)
+    Image.fromarray(np.dstack([np.zeros((440, 440, 3), np.uint8), alpha])).save(tmp_path / "big.png")
+    subject = load_subjects(str(tmp_path))[0]
+    assert cutout(subject, 64).size == (256, 256) and cutout(subject, 512).size == (400, 400)
+
+
+def test_whatever_pillow_raises_the_file_is_named(tmp_path, monkeypatch):
+    sprite(tmp_path / "a.png")
+
+    def fail(image):
+        raise struct.error(
+            "unpack requires a buffer of 4 bytes"
+        )  # a cut EXIF header, with some versions of pillow
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    with pytest.raises(BadInput, match="a.png: not a readable image"):
+        read_image(tmp_path / "a.png")
