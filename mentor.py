@@ -167,10 +167,10 @@ def rotary_table(positions, head_dim, side):
     and columns turn fast, from half a turn a patch to half a turn an image of `side` patches: neighbours must
     be told apart by a single step for a patch to be copied and not blurred.
     """
-    half, quarter = head_dim // 4, head_dim // 8  # of the head_dim / 2 pairs
+    n_order, n_grid = head_dim // 4, head_dim // 8  # pairs that turn with the order; with row or column
     angles = []
-    for axis, n_pairs, fastest, base in ((0, half, 1.0, 10000), (1, quarter, torch.pi, side),
-                                         (2, quarter, torch.pi, side)):
+    for axis, n_pairs, fastest, base in ((0, n_order, 1.0, 10000), (1, n_grid, torch.pi, side),
+                                         (2, n_grid, torch.pi, side)):
         frequency = fastest * base ** (-torch.arange(n_pairs, device=positions.device) / n_pairs)
         angles.append(positions[:, None, :, axis, None] * frequency)  # (B, 1, T, n_pairs)
     angles = torch.cat(angles, -1)  # (B, 1, T, head_dim / 2)
@@ -431,7 +431,7 @@ class Drawing:
         model, config, device, N = self.model, self.model.config, ids.device, self.model.config.n_codes
         (B, T), last = ids.shape, (torch.arange(len(ids), device=device), lengths - 1)
         S = T + self.G * N  # slots: the prompt, then N for each picture of the group
-        self.table = model.code_table()
+        self.table = model.code_table().to(model.code_proj.weight.dtype)  # of all matrices
         dtype = torch.float32 if device.type == "cpu" else self.table.dtype  # a CPU attends faster in fp32
         keys, values = torch.zeros(2, config.n_layer, B, config.n_head, S, config.n_embd // config.n_head,
                                    dtype=dtype, device=device)
@@ -487,7 +487,7 @@ class Drawing:
         self.draw_patch()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts, n=1, seed=0, temperature=TEMPERATURE, top_k=0, cfg_image=1.0, cfg_text=1.0):
     """Draws n pictures of each prompt -> codes (len(prompts) * n, N, n_codebooks).
 

@@ -324,11 +324,11 @@ class Tokenizer(nn.Module):
 
     def quantize(self, z):
         """Residual quantisation: (B, N, code_dim) -> codes (B, N, n_codebooks), coarse to fine."""
-        codes, left = [], z
+        codes, residual = [], z
         with torch.autocast(z.device.type, enabled=False):  # in bf16 near codes tie: the wrong one may win
             for codebook in self.codebooks:
-                codes.append(nearest(left, codebook))
-                left = left - codebook[codes[-1]]
+                codes.append(nearest(residual, codebook))
+                residual = residual - codebook[codes[-1]]
         return torch.stack(codes, -1)
 
     def look_up(self, codes):
@@ -362,11 +362,11 @@ class Tokenizer(nn.Module):
         codes = self.quantize(target)
         vectors = self.look_up(codes)            # (B, N, n_codebooks, code_dim)
         named = vectors.detach().cumsum(2)       # what each codebook and the coarser ones say together
-        left = target[:, :, None] - (named - vectors.detach())  # what the coarser ones leave to each
+        residuals = target[:, :, None] - (named - vectors.detach())  # what the coarser ones leave to each
         q = named[:, :, -1]                      # (B, N, code_dim)
-        # Each codebook goes to what it is to name (weight 1), and the encoder stays near its codes (weight
+        # Each codebook goes to its residuals (weight 1), and the encoder stays near its codes (weight
         # 0.25).
-        vq = codes.shape[-1] * F.mse_loss(vectors, left) + 0.25 * F.mse_loss(z, q)
+        vq = codes.shape[-1] * F.mse_loss(vectors, residuals) + 0.25 * F.mse_loss(z, q)
         drawn = self.render(z + (q - target))  # straight-through: the decoder sees q, the gradient goes to z
         return F.mse_loss(drawn, images) + 0.2 * F.l1_loss(drawn, images) + vq, codes, target
 
@@ -378,17 +378,17 @@ class Tokenizer(nn.Module):
 
         Without it most codes die in the first minutes and never come back.
         """
-        codes, left = codes.flatten(0, 1).T, z.flatten(0, 1)  # (n_codebooks, B * N), (B * N, code_dim)
+        codes, residual = codes.flatten(0, 1).T, z.flatten(0, 1)  # (n_codebooks, B * N), (B * N, code_dim)
         used = torch.zeros_like(self.idle).scatter_(1, codes, 1)
         if dist.is_initialized():  # by any of the processes
             dist.all_reduce(used, dist.ReduceOp.MAX)
         self.idle.add_(1).mul_(1 - used)
         dead = self.idle >= patience
         for codebook, code, is_dead in zip(self.codebooks, codes, dead):
-            to_name, left = left, left - codebook[code]
-            weights = left.pow(2).sum(-1) + 1e-12  # (B * N,)
+            before, residual = residual, residual - codebook[code]
+            weights = residual.pow(2).sum(-1) + 1e-12  # (B * N,)
             chosen = weights.multinomial(len(codebook), replacement=True)
-            codebook.copy_(torch.where(is_dead[:, None], to_name[chosen], codebook))
+            codebook.copy_(torch.where(is_dead[:, None], before[chosen], codebook))
         self.idle.masked_fill_(dead, 0)
         if dist.is_initialized():  # every process must keep the same codebooks: the first one's
             dist.broadcast(self.codebooks.data, 0)

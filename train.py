@@ -57,7 +57,7 @@ MIXES = {  # share of each task in a stage
     2: {"text-to-image": 0.36, "reconstruction": 0.05, "segmentation": 0.115, "recovery": 0.115,
         "subject-driven": 0.36},
 }
-HELD_OUT = 3  # beside the stages 0, 1, 2: the stream of held-out samples, the same in all of them
+HELD_OUT = 3  # besides the stages 0, 1, 2: the stream of held-out samples, the same in all of them
 CHECKPOINTS = ("tokenizer.pt", "stage1.pt", "stage2.pt")
 
 
@@ -90,7 +90,7 @@ def make_optimizers(model, bf16, fused):
 
 
 def accumulate(net, parts, device):
-    """Adds the gradient of the mean loss over all parts -> that loss, and what the last pass returned beside.
+    """Adds the gradient of the mean loss over all parts -> that loss, and what else the last pass returned.
 
     The division comes before backward, so k parts give the gradient of one batch. Among several processes
     only the last part's backward exchanges gradients.
@@ -101,16 +101,16 @@ def accumulate(net, parts, device):
         with contextlib.nullcontext() if exchanges else net.no_sync():
             with autocast(device):
                 result = net(*part)
-            loss, *beside = result if isinstance(result, tuple) else (result,)
+            loss, *extra = result if isinstance(result, tuple) else (result,)
             loss = loss.mean() / len(parts)
             loss.backward()
         total += loss.detach()
-    return total, beside
+    return total, extra
 
 
 def train_step(run, net, inputs, lr):
     """One step -> loss and norm of the gradient, as tensors: nothing waits for the device."""
-    loss, beside = accumulate(net, inputs, run.plan.device)
+    loss, extra = accumulate(net, inputs, run.plan.device)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -118,7 +118,7 @@ def train_step(run, net, inputs, lr):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if run.plan.stage == 0:
-        run.tokenizer.restart_dead_codes(*beside)
+        run.tokenizer.restart_dead_codes(*extra)
     return loss, norm
 
 

@@ -97,6 +97,8 @@ def main():
     for parameter in model.parameters():
         if not parameter.any():  # an untrained block is the identity
             torch.nn.init.normal_(parameter, std=0.02)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    row("parameters of the transformer", f"{n_parameters / 1e6:.1f} million")
     dataset = data.Tasks(data.load_subjects(), MIXES[2], config.image_size, (0,))
     batch = collate(
         config, size, sorted((dataset[i] for i in range(4 * size)), key=lambda s: len(s.references))

@@ -289,8 +289,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(trained, tmp_path, m
 
     def accumulate_until(*args):
         seen.append(True)
-        loss, beside = accumulate(*args)
-        return (loss * float("nan") if len(seen) == 6 else loss), beside
+        loss, extra = accumulate(*args)
+        return (loss * float("nan") if len(seen) == 6 else loss), extra
 
     monkeypatch.setattr(train, "accumulate", accumulate_until)
     with pytest.raises(BadInput, match="stage 2: loss .* not finite by step 6; .* checkpoint is of step 4"):
