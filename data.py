@@ -32,10 +32,10 @@ MAX_LABEL, MAX_BACKGROUND, MAX_CAPTION = 24, 40, 80  # bytes; more would fill th
 def clean_text(text, limit=None):
     """The words of a prompt as the model knows them, in training and in sample.py alike: the first line, in
     small letters, without a full stop, and cut between words to at most `limit` bytes."""
-    text = " ".join(text.strip().split("\n")[0].lower().rstrip(". ").split())
+    text = " ".join(text.strip().split("\n")[0].lower().split()).rstrip(".")
     while limit and len(text.encode()) > limit:
         text = text.rsplit(" ", 1)[0] if " " in text else text.encode()[:limit].decode(errors="ignore")
-    return text
+    return text.rstrip("., ")
 
 
 def clean_label(text):
@@ -65,10 +65,9 @@ NOT_A_THING = re.compile(
 
 
 def emoji_subjects():
-    """Every drawn thing of the machine's colour emoji font, by its Unicode name. Raises BadInput without
-    one."""
+    """Every drawn thing of the machine's colour emoji font, by its Unicode name. Raises BadInput."""
     if emoji_font() is None:
-        raise BadInput(f"--data emoji: {NO_EMOJI}")
+        raise BadInput(f"emoji: {NO_EMOJI}")
     for char in map(chr, [*range(0x2300, 0x2C00), *range(0x1F300, 0x1FB00)]):
         name = unicodedata.name(char, "").lower()
         names_thing = 0 < len(name) <= MAX_LABEL and not NOT_A_THING.search(name.upper())
@@ -83,7 +82,6 @@ def shape_subjects():
 
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, Warning, Image.DecompressionBombError)
 
 
 def folder_records(root):
@@ -99,10 +97,10 @@ def folder_records(root):
 
 
 def file_subject(root, line):
-    """A line of folder_records -> Subject. Raises one of UNUSABLE."""
+    """A line of folder_records -> Subject. Raises whatever is wrong with it."""
     record = json.loads(line)
     path, mask = root / record["file_name"], root / (record.get("mask") or record["file_name"])
-    if any(os.path.relpath(file, root).startswith("..") for file in (path, mask)):
+    if any(os.path.relpath(file, root).split(os.sep)[0] == ".." for file in (path, mask)):
         raise ValueError("leads out of the folder")
     original = path.with_name(path.name.replace("_mirror", ""))  # owl_mirror.png is a view of owl.png
     if not original.is_file():
@@ -110,7 +108,7 @@ def file_subject(root, line):
     sidecar = original.with_suffix(".txt")
     text = str(record.get("text") or (sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""))
     file_or_class = original.stem if path.parent == root else path.parent.name
-    text = clean_text(text, MAX_CAPTION) or clean_text(file_or_class)
+    text = clean_text(text, MAX_CAPTION) or clean_text(file_or_class, MAX_CAPTION)
     name = original.relative_to(root).as_posix()
     if record.get("subject_id") is not None:
         name = f"subject_id {record['subject_id']}"
@@ -126,11 +124,11 @@ def folder_subjects(folder, skipped):
     unusable, and why. Raises BadInput without a folder."""
     root = Path(folder)
     if not root.is_dir():
-        raise BadInput(f"--data {folder}: no such folder (give emoji, shapes or a folder of images)")
+        raise BadInput(f"{folder}: no such folder (give emoji, shapes or a folder of images)")
     for line in folder_records(root):
         try:
             yield file_subject(root, line)
-        except UNUSABLE as error:
+        except Exception as error:  # a damaged file can fail anywhere inside pillow
             skipped.append(f"{line.strip()[:80]} ({type(error).__name__}: {error})")
 
 
@@ -163,7 +161,8 @@ def is_held_out(subject):
     return zlib.crc32(subject.name.encode()) % 10 == 0
 
 
-# subject: a number that its pictures share; start, end: of its line. Unaligned, each look-up copied a column.
+# subject: a number that its pictures share; start, end: of its line. (Unaligned, searchsorted copies a
+# column.)
 FIELDS = np.dtype([("subject", "i8"), ("start", "i8"), ("end", "i8"), ("held_out", "?"), ("has_cutout", "?")],
                   align=True)
 
@@ -201,7 +200,7 @@ def scan(sources):
             labels.add(subject.label)
         if len(rows) == before:
             endings, why = ", ".join(sorted(IMAGE_ENDINGS)), "".join(skipped[:1])
-            raise BadInput(f"--data {source}: not one usable image in it (looked for {endings}) {why}")
+            raise BadInput(f"{source}: not one usable image in it (looked for {endings}) {why}")
     table = np.array(rows, FIELDS)
     table = table[table["subject"].argsort(kind="stable")]
     views, n_cutouts = np.bincount(table["subject"]), table["has_cutout"].sum()
@@ -214,14 +213,13 @@ def scan(sources):
 
 
 def load_subjects(sources=None):
-    """`emoji`, `shapes`, a folder, or several with commas between -> Subjects. None: emoji, or else
-    shapes."""
+    """`emoji`, `shapes`, a folder, or several with commas -> Subjects. None: emoji, or else shapes."""
     if sources is None and emoji_font() is None:
         print(f"{NO_EMOJI}: using --data shapes", file=sys.stderr)
         sources = "shapes"
-    sources = (sources or "emoji").split(",")
+    sources = [source for source in (sources or "emoji").split(",") if source]
     if len({Path(source).resolve().name for source in sources}) < len(sources):
-        raise BadInput(f"--data {','.join(sources)}: two sources of one name, whose subjects could be "
+        raise BadInput(f"{','.join(sources)}: two sources of one name, whose subjects could be "
                        "confused: rename one folder")
     return Subjects(**scan(sources))
 
@@ -229,7 +227,7 @@ def load_subjects(sources=None):
 # -----------------------------------------------------------------------------------------------------------
 # Scenes: a subject somewhere on a background
 
-# Drawn by code, so that their words are exactly true. Words: the colours of the top of the sky, its lower
+# Drawn by code, so that their words are exactly true. Words -> colours of the top of the sky, its lower
 # edge, the top of the ground, its lower edge.
 BACKGROUNDS = {
     "on the grass": ((90, 170, 240), (205, 232, 250), (125, 195, 80), (60, 140, 50)),
@@ -313,8 +311,7 @@ def free_placement(rng):
 
 
 def write_caption(rng, label, background, size=None, place=None):
-    """One of several wordings that name subject, background, size ("": big) and place ("": the middle; None:
-    unsaid)."""
+    """One of several wordings. size "": big; place "": in the middle; None: unsaid."""
     size = rng.choice(["", "big"]) if size == "" else size or ""
     place = rng.choice(["", "in the middle"]) if place == "" else place or ""
     thing = f"{size} {label}".strip()
@@ -325,8 +322,7 @@ def write_caption(rng, label, background, size=None, place=None):
 
 
 def compose(sprite, background, placement):
-    """Pastes an RGBA sprite into its box (standing at the bottom centre) -> (scene, the sprite alone on
-    black)."""
+    """Pastes an RGBA sprite into its box, at the bottom centre -> (scene, the sprite alone on black)."""
     canvas = background.width
     side = placement.side * canvas
     w, h = (max(1, round(n * side / max(sprite.size))) for n in sprite.size)
@@ -351,8 +347,7 @@ def recolour(sprite, rng):
 
 
 def distort(sprite, rng):
-    """Recovery's damage (official code): with p .5 stretch, shear, rotation, and corners jittered by up to
-    20%."""
+    """Recovery's damage (official code): with p .5 stretch, shear, rotation, corners jittered by 20%."""
     if rng.uniform() < 0.5:
         return sprite
     angle = np.radians(rng.uniform(-20, 20))
@@ -395,7 +390,7 @@ class Tasks:
             wanted = wanted | True
         self.all, self.cutouts = np.flatnonzero(wanted), np.flatnonzero(wanted & has_cutout)  # indices
         self.plain = np.flatnonzero(wanted & ~has_cutout)
-        if not len(self.cutouts) and any(TASKS[task].needs_cutout for task in mix if mix[task] > 0):
+        if not len(self.cutouts) and any(TASKS[task].needs_cutout for task in mix):
             raise BadInput("none of these images has alpha or a mask: "
                            "train with --mix text-to-image=.8,reconstruction=.2")
 
@@ -427,30 +422,30 @@ class Tasks:
         if not subject.has_cutout:
             scene = self.plain_picture(subject)
         else:
-            scene, _, _ = self.scene(subject, self.look(i, subject, rng), rng, anywhere=0.7)
+            scene, _, _ = self.scene(subject, self.sprite(i, subject, rng), rng, anywhere=0.7)
         return scene._replace(references=[scene.target], caption=scene.caption if rng.uniform() < 0.9 else "")
 
     def segmentation(self, i, subject, rng):
         """The target is the subject's own pixels, in place, on black."""
-        scene, alone, _ = self.scene(subject, self.look(i, subject, rng), rng, anywhere=0.7)
+        scene, alone, _ = self.scene(subject, self.sprite(i, subject, rng), rng, anywhere=0.7)
         return scene._replace(references=[scene.target], target=alone)
 
     def recovery(self, i, subject, rng):
         """The reference is the subject distorted, anywhere on another background."""
-        sprite = self.look(i, subject, rng)
-        scene, _, behind = self.scene(subject, sprite, rng)
+        sprite = self.sprite(i, subject, rng)
+        scene, _, background = self.scene(subject, sprite, rng)
         where = Placement(rng.uniform(0.4, 1.0), rng.uniform(), rng.uniform())
-        return scene._replace(references=[self.elsewhere(distort(sprite, rng), where, behind, rng)])
+        return scene._replace(references=[self.elsewhere(distort(sprite, rng), where, background, rng)])
 
     def subject_driven(self, i, subject, rng):
         """The reference is the subject on another background, and another view of it where there is one."""
-        sprite = self.look(i, subject, rng)
-        scene, _, behind = self.scene(subject, sprite, rng)
+        sprite = self.sprite(i, subject, rng)
+        scene, _, background = self.scene(subject, sprite, rng)
         views = self.other_views(i)
         if views:
             sprite = cutout(self.subjects[views[rng.integers(len(views))]], self.size)
         where = AS_GIVEN if rng.uniform() < 0.7 else free_placement(rng)
-        return scene._replace(references=[self.elsewhere(sprite, where, behind, rng)])
+        return scene._replace(references=[self.elsewhere(sprite, where, background, rng)])
 
     # What they share
 
@@ -461,9 +456,9 @@ class Tasks:
         has_cutout = self.subjects.table["has_cutout"]
         return [view for view in self.subjects.views(i) if view != i and has_cutout[view]]
 
-    def look(self, i, subject, rng):
-        """The subject's cut-out, in training recoloured (but where it has other views, which differ by
-        themselves)."""
+    def sprite(self, i, subject, rng):
+        """The subject's cut-out, in training recoloured; not where it has other views, which differ
+        anyway."""
         sprite = cutout(subject, self.size)
         return recolour(sprite, rng) if self.train and not self.other_views(i) else sprite
 

@@ -3,7 +3,7 @@ r"""MENTOR in one file: a transformer that draws an image, patch by patch, from 
     <bos> T h e _ d o g _ i n _ <boi> c1 ... cN <eoi> . \n a _ d o g ... <boi> | t1 t2 ... tN
     \____ text as UTF-8 bytes, reference images as VQ codes, in the order of the prompt _____/ \ the picture /
 
-One vocabulary, one causal transformer, one loss: cross-entropy on the picture's codes (arXiv 2507.09574,
+One sequence, one causal transformer, one loss: cross-entropy on the picture's codes (arXiv 2507.09574,
 section 3). Each c and each t is one place in the sequence: a patch, named by a few codes, coarse to fine
 (tokenizer.py). Read on in the order in which data flows: configuration, tasks, sequence, attention, block,
 model, drawing.
@@ -185,8 +185,7 @@ def rotate(x, cos, sin):
 
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(head_dim) + mask) v: q (B, n_head, T, head_dim), k and v (B, n_head, S, head_dim).
-    Without a mask it is causal. (On a CPU in bf16 the formula takes half the time of torch's kernel for
-    it.)"""
+    Without a mask it is causal. (On a CPU in bf16 the formula takes half the time of torch's kernel.)"""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     if mask is None:
@@ -196,15 +195,15 @@ def attend(q, k, v, mask=None):
 
 
 class KVCache(NamedTuple):
-    """A layer's keys and values, and where the tokens at hand stand among them. Prefill has a prompt's tokens
-    at hand, a decode step the last patch of each picture; they differ in nothing else."""
+    """A layer's keys and values, and where the query tokens stand among them. In prefill these are a
+    prompt's, in a decode step the last patch of each picture; they differ in nothing else."""
     keys: torch.Tensor    # (B, n_head, S, head_dim)
     values: torch.Tensor  # (B, n_head, S, head_dim)
     slots: torch.Tensor   # (T,): which of the S are theirs
     mask: torch.Tensor    # (B, 1, T, S) or (T, S): 0 where they look, -inf where not
 
     def update(self, k, v):
-        """Keeps the keys and values of the tokens at hand (B, n_head, T, head_dim) -> those of all."""
+        """Keeps the keys and values of the query tokens (B, n_head, T, head_dim) -> those of all."""
         self.keys.index_copy_(2, self.slots, k.to(self.keys.dtype))
         self.values.index_copy_(2, self.slots, v.to(self.values.dtype))
         return self.keys, self.values
@@ -214,7 +213,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # Three matrices, since Muon (train.py) orthogonalises each alone; `drawing_copy` joins them for good.
+        # Three matrices, since Muon (train.py) orthogonalises each alone; `drawing_copy` joins them once.
         self.qkv = nn.ParameterList(torch.empty(config.n_embd, config.n_embd) for _ in range(3))
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.gain = nn.Parameter(torch.empty(config.n_head, 1, 1))  # QK-norm fixes lengths; this sharpens
@@ -296,22 +295,20 @@ class Mentor(nn.Module):
         vectors = self.code_proj(self.codebooks.to(self.code_proj.weight.dtype))
         return vectors + self.code_embedding.weight.view(vectors.shape)
 
-    def look_up(self, codes, table):
-        """The codes of a patch, or only its coarser ones (..., n) -> the sum of their vectors (...,
-        n_embd)"""
+    def sum_codes(self, codes, table):
+        """A patch's codes, or the coarser of them (..., n) -> the sum of their vectors (..., n_embd)"""
         return sum(F.embedding(codes[..., level], table[level]) for level in range(codes.shape[-1]))
 
     def embed(self, ids, codes, table):
         """ids (B, T), codes (B, T, n_codebooks) -> (B, T, n_embd): text by its id, patches by their codes."""
         text = self.text_embedding(ids.clamp_max(CODE - 1))
-        return torch.where((ids == CODE)[..., None], self.look_up(codes, table), text)
+        return torch.where((ids == CODE)[..., None], self.sum_codes(codes, table), text)
 
     def rotary(self, positions):
         return rotary_table(positions, self.config.n_embd // self.config.n_head, self.config.side)
 
     def hidden(self, x, rotary, caches=None):
-        """What `embed` and `rotary` made of the tokens -> the last block's output, normalised (B, T,
-        n_embd)."""
+        """Embedded tokens, their rotary table -> the last block's output, normalised (B, T, n_embd)."""
         x = rms_norm(x)
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, caches[i] if caches else None)
@@ -322,7 +319,7 @@ class Mentor(nn.Module):
         coarser (..., level): the codes of the patch that are known; they say which level comes next."""
         level = coarser.shape[-1]
         if level > 0:
-            known = rms_norm(self.look_up(coarser, table))
+            known = rms_norm(self.sum_codes(coarser, table))
             x = x + self.level_mlps[level - 1](rms_norm(x + known))
         return F.linear(x.to(table.dtype), table[level]).float() * self.head_gain[level]
 
@@ -354,15 +351,14 @@ GROUP_SIZE = 8  # pictures side by side: more would share more of the prompt, bu
 
 def drawing_copy(model):
     """The model with its matrices in bf16 where the hardware multiplies it: cast once, not at every use."""
-    if not has_bf16(model.head_gain.device):
-        return model
-    cast = {id(parameter): parameter for parameter in model.parameters()}  # what deepcopy takes, uncopied
+    dtype = torch.bfloat16 if has_bf16(model.head_gain.device) else torch.float32
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # deepcopy's memo
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            cast[id(module.weight)] = nn.Parameter(module.weight.bfloat16())
+            shared[id(module.weight)] = nn.Parameter(module.weight.to(dtype))
         if isinstance(module, CausalSelfAttention):
-            cast[id(module.qkv)] = nn.ParameterList([torch.cat(tuple(module.qkv)).bfloat16()])
-    return copy.deepcopy(model, cast)
+            shared[id(module.qkv)] = nn.ParameterList([torch.cat(tuple(module.qkv)).to(dtype)])
+    return copy.deepcopy(model, shared)  # (uncompiled blocks: not every shape of a sheet is worth compiling)
 
 
 def guidance_branches(pieces, references, cfg_image, cfg_text):
@@ -398,7 +394,7 @@ def draw_codes(logits, uniform, temperature, top_k):
 class Drawing:
     """The pictures of one `generate` while they are drawn.
 
-    The G pictures of a group are tokens at hand beside each other: after the prompt that they share, each
+    The G pictures of a group are G query tokens of a row: after the prompt that they share, each
     sees its own patches alone. Rows go prompt by prompt, guidance branch by branch, group by group. All that
     a step reads or writes is allocated before and changed in place, and no step brings a number to Python: so
     a CUDA graph can replay it, and torch.compile can take it.
@@ -406,14 +402,13 @@ class Drawing:
 
     def __init__(self, model, prompts, n, seed, temperature, top_k, cfg_image, cfg_text):
         config, device = model.config, model.head_gain.device
-        self.model, self.top_k, self.table = drawing_copy(model), top_k, None
+        self.model, self.top_k = drawing_copy(model), top_k
         levels = config.n_codebooks
         self.temperatures = temperature if isinstance(temperature, list) else [temperature] * levels
         n_groups = -(-n // GROUP_SIZE)
         self.G = -(-n // n_groups)
         self.n_drawn = n_groups * self.G  # pictures of a prompt: n, and a few that fill the groups
-        # The numbers that decide picture i come from its own seed: the same on every device and in every
-        # batch.
+        # The numbers that decide picture i come from its own seed: the same on every device, in every batch.
         seeds = [seed + first + i for first in range(0, n * len(prompts), n) for i in range(self.n_drawn)]
         uniform = [torch.rand(config.n_codes, levels, generator=torch.Generator().manual_seed(number))
                    for number in seeds]
@@ -422,7 +417,7 @@ class Drawing:
         self.patch = torch.zeros(1, dtype=torch.long, device=device)  # the one that is drawn next
 
         branches = [guidance_branches(*prompt, cfg_image, cfg_text) for prompt in prompts]
-        self.weights = torch.tensor([weight for weight, _, _ in branches[0]], device=device)  # every prompt's
+        self.weights = torch.tensor([weight for weight, _, _ in branches[0]], device=device)
         sequences = [build_sequence(config, *prompt) for row in branches for _, *prompt in row]
         self.prefill(*(x.to(device) for x in pad_sequences(sequences)), n_groups)
 
@@ -431,7 +426,7 @@ class Drawing:
         model, config, device, N = self.model, self.model.config, ids.device, self.model.config.n_codes
         (B, T), last = ids.shape, (torch.arange(len(ids), device=device), lengths - 1)
         S = T + self.G * N  # slots: the prompt, then N for each picture of the group
-        self.table = model.code_table().to(model.code_proj.weight.dtype)  # of all matrices
+        self.table = model.code_table().to(model.code_proj.weight.dtype)
         dtype = torch.float32 if device.type == "cpu" else self.table.dtype  # a CPU attends faster in fp32
         keys, values = torch.zeros(2, config.n_layer, B, config.n_head, S, config.n_embd // config.n_head,
                                    dtype=dtype, device=device)
@@ -477,7 +472,7 @@ class Drawing:
     def step(self):
         """The transformer reads the patch that was drawn last (decode), and the next one is drawn."""
         codes = self.codes.index_select(1, self.patch)[:, 0]  # (pictures, n_codebooks)
-        x = self.to_branches(self.model.look_up(codes, self.table))
+        x = self.to_branches(self.model.sum_codes(codes, self.table))
         x = x.unflatten(0, (-1, self.G))  # (rows, G, n_embd)
         self.patch.add_(1)
         rotary = [table.index_select(2, self.patch) for table in self.rotary]  # (rows, 1, 1, head_dim) each

@@ -122,12 +122,12 @@ def collate(config, size, samples):
 
 def lay_out(config, rows):
     """rows: list of (pieces, references, target), pictures uint8 (H, W, 3) -> Batch"""
-    one_number = dataclasses.replace(config, n_codebooks=1)  # a patch, for now
+    numbered = dataclasses.replace(config, n_codebooks=1)  # a patch has its number now, its codes later
     pictures, sequences = [target for _, _, target in rows], []
     for i, (pieces, references, _) in enumerate(rows):
         shown = [i, *range(len(pictures), len(pictures) + len(references))]  # the target, the references
         target, *numbers = [config.n_codes * k + torch.arange(config.n_codes)[:, None] for k in shown]
-        sequences.append(build_sequence(one_number, pieces, numbers, target))
+        sequences.append(build_sequence(numbered, pieces, numbers, target))
         pictures += references
     # Compiled once for each length that occurs, so only multiples of 32 do.
     return Batch(torch.from_numpy(np.stack(pictures)), *pad_sequences(sequences, multiple=32))
@@ -192,8 +192,7 @@ def evaluate(model, tokenizer, held_out, sheet):
 
 
 def draw_samples(model, tokenizer, samples, path):
-    """samples: task -> list of data.Sample. Draws each into one labelled picture: reference, target,
-    drawn."""
+    """samples: task -> list of data.Sample. Draws each into one labelled PNG: reference, target, drawn."""
     rows = {}
     for task, row in samples.items():
         prompts = [(fill_prompt(task, s.label, s.caption), s.references) for s in row]
@@ -245,8 +244,7 @@ def from_zero(text):  # an argparse type
 
 
 def parse_mix(text):
-    """An argparse type: 'segmentation=.65,text-to-image=.35' -> dict that sums to 1, in the order of
-    TASKS."""
+    """An argparse type: 'segmentation=.65,text-to-image=.35' -> dict that sums to 1, in TASKS' order."""
     mix = {}
     for item in text.split(","):
         task, _, share = item.partition("=")
@@ -258,7 +256,7 @@ def parse_mix(text):
             raise BadInput(f"--mix: {item!r} is not a share (write {task}=0.5)") from None
     if not all(0 <= share < math.inf for share in mix.values()) or sum(mix.values()) == 0:
         raise BadInput(f"--mix {text}: shares must be numbers from 0 up, and not all 0")
-    return {task: mix[task] / sum(mix.values()) for task in TASKS if task in mix}
+    return {task: mix[task] / sum(mix.values()) for task in TASKS if mix.get(task)}
 
 
 def add_device_flag(parser):
@@ -267,8 +265,7 @@ def add_device_flag(parser):
 
 
 def run_script(main):
-    """Calls a script's main. What the user can mend ends in one line and exit code 2; a bug keeps its
-    traceback."""
+    """Calls a script's main. What the user can mend ends in one line and exit code 2; bugs do not."""
     try:
         main()
     except KeyboardInterrupt:
@@ -305,8 +302,7 @@ def stop_signals():
 
 
 def any_process(flag, device):
-    """Whether the flag is up in any process: a signal reaches them at different steps, and they stop
-    together."""
+    """Whether the flag is up in any process: signals reach them at different steps; they stop together."""
     if world() == 1:
         return bool(flag)
     votes = torch.tensor(float(bool(flag)), device=device)

@@ -1,10 +1,11 @@
-"""The ground floor: pictures in, pictures out, and the VQ tokenizer that turns them into codes and back.
+"""The ground floor: what the machine can do, pictures in and out, and the VQ tokenizer that turns them into
+codes and back.
 
     images (B, 3, H, W) in [-1, 1]  --encode-->  codes (B, N, n_codebooks)  --decode-->  images
     N = (H / downsample)^2 patches, row by row; a patch has one code from each codebook, coarse to fine
 
-The tokenizer is a convolutional encoder, a residual quantiser, a convolutional decoder. The encoder says a
-unit vector a patch (LlamaGen, arXiv 2406.06525: dimension 8, l2-normalised). Residual quantisation names it
+The tokenizer is a convolutional encoder, a residual quantiser, a convolutional decoder. The encoder gives a
+unit vector per patch (LlamaGen, arXiv 2406.06525: dimension 8, l2-normalised). Residual quantisation names it
 step by step: the first codebook takes its nearest vector, each further codebook the nearest to what the
 coarser ones leave; their sum stands for the patch. The first layer already sees patches of downsample / 2
 pixels, and the decoder ends with them: convolutions at full resolution would cost most of the time on a small
@@ -27,20 +28,21 @@ from torch import nn
 
 
 class BadInput(Exception):
-    """What the user can mend: ends a script with one line and exit code 2. Any other exception is a bug of
-    ours."""
+    """What the user can mend: ends a script with one line and exit code 2. All else is a bug of ours."""
+
+
+# -----------------------------------------------------------------------------------------------------------
+# What the machine can do
 
 
 def has_bf16(device):
-    """Whether the hardware multiplies bf16: CUDA since Ampere, CPUs with avx512_bf16 (others emulate it
-    slowly)."""
+    """Whether the hardware multiplies bf16: CUDA since Ampere, CPUs with avx512_bf16 (others are slow)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
-# Of dense bf16 matrices, a second, by their maker's data sheets; a multiplication and an addition count as
-# two.
+# Of dense bf16 matrices, a second, by the makers' data sheets; a multiply-add counts as two.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
@@ -55,14 +57,13 @@ def can_compile(device):
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
         return True
     except Exception as error:  # no C++ compiler, no Triton
-        why = str(error).strip().splitlines()[0][:100]
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         print(f"torch.compile does not work here ({why}): training slower, without it", file=sys.stderr)
         return False
 
 
 def repeat(step, times, device):
-    """Calls step() so many times; on CUDA as the replay of a graph, without a word from Python between
-    kernels."""
+    """Calls step() so many times; on CUDA by replaying a graph of it, with no Python between kernels."""
     if device.type != "cuda":
         for _ in range(times):
             step()
@@ -74,7 +75,7 @@ def repeat(step, times, device):
             step()
     torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader may pin memory meanwhile
         step()
     for _ in range(times - 3):
         graph.replay()
@@ -110,8 +111,7 @@ def read_image(path, least=None):
 
 
 def alpha_cuts_out(path):
-    """Whether a file's alpha channel hides a part of it: an opaque one makes no cut-out. Raises as pillow
-    does."""
+    """Whether a file's alpha hides a part of it; an opaque one does not. Raises what pillow raises."""
     with Image.open(path) as image:  # reads the header; the pixels are decoded only where it promises alpha
         if not image.has_transparency_data:
             return False
@@ -129,8 +129,7 @@ def over(image, colour):
 
 
 def open_square(path, size):
-    """Any image file as a picture -> RGB image, size x size: the centred square, alpha on white. Raises
-    BadInput."""
+    """Any image file -> RGB image, size x size: the centred square, alpha on white. Raises BadInput."""
     image = read_image(path, least=2 * size)
     side = min(image.size)
     left, top = ((n - side) / 2 for n in image.size)
@@ -219,8 +218,7 @@ def make_folder(path):
 
 
 def save_sheet(rows, path):
-    """rows: list of (title, cells), a cell being (caption, list of uint8 (H, W, 3) images) -> one labelled
-    PNG."""
+    """rows: (title, cells), a cell being (caption, list of uint8 (H, W, 3) images) -> one labelled PNG."""
     cells = [cell for _, row in rows for cell in row]
     # Pixels a side; small pictures are enlarged.
     shown = max(96, *(len(image) for _, images in cells for image in images))
@@ -277,7 +275,7 @@ class ResidualBlock(nn.Module):
 def nearest(vectors, codebook):
     """Which of a codebook's vectors (codebook_size, code_dim) is the nearest: (..., code_dim) -> (...)"""
     flat, half_squares = vectors.flatten(0, -2), codebook.pow(2).sum(-1) / 2
-    # |v - c|^2 is smallest where v . c - |c|^2 / 2 is largest. 4,096 rows at a time: all at once would take
+    # |v - c|^2 is smallest where v . c - |c|^2 / 2 is largest. 4,096 rows at a time: all would take
     # gigabytes.
     found = [(rows @ codebook.T - half_squares).argmax(-1) for rows in flat.split(4096)]
     return torch.cat(found).view(vectors.shape[:-1])
@@ -322,6 +320,7 @@ class Tokenizer(nn.Module):
         z = self.encoder(images.contiguous(memory_format=torch.channels_last))  # (B, code_dim, h, w)
         return F.normalize(z.float().flatten(2).transpose(1, 2), dim=-1)        # (B, N, code_dim)
 
+    @torch.no_grad()
     def quantize(self, z):
         """Residual quantisation: (B, N, code_dim) -> codes (B, N, n_codebooks), coarse to fine."""
         codes, residual = [], z
@@ -332,8 +331,7 @@ class Tokenizer(nn.Module):
         return torch.stack(codes, -1)
 
     def look_up(self, codes):
-        """Codes (B, N, n_codebooks) -> the vector of each (B, N, n_codebooks, code_dim); a patch is their
-        sum."""
+        """Codes (B, N, n_codebooks) -> their vectors (B, N, n_codebooks, code_dim); a patch is their sum."""
         return self.codebooks[torch.arange(codes.shape[-1], device=codes.device), codes]
 
     def render(self, vectors):
@@ -344,9 +342,9 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """(B, 3, H, W) in [-1, 1] -> codes (B, N, n_codebooks). Always in fp32: a picture has the same codes
-        everywhere."""
-        with torch.autocast(images.device.type, enabled=False):
+        """(B, 3, H, W) in [-1, 1] -> codes (B, N, n_codebooks). In fp32: the same wherever it is asked."""
+        in_fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(images.device.type, enabled=False), in_fp32:
             return self.quantize(self.features(images))
 
     @torch.no_grad()
@@ -355,8 +353,7 @@ class Tokenizer(nn.Module):
         return self.render(self.look_up(codes).sum(2)).clamp(-1, 1)
 
     def forward(self, images):
-        """One training pass: (B, 3, H, W) -> loss, codes (B, N, n_codebooks), z (B, N, code_dim): the
-        encoder's vectors."""
+        """One training pass: (B, 3, H, W) -> loss, codes (B, N, n_codebooks), z (B, N, code_dim)."""
         z = self.features(images)
         target = z.detach()
         codes = self.quantize(target)
@@ -364,8 +361,7 @@ class Tokenizer(nn.Module):
         named = vectors.detach().cumsum(2)       # what each codebook and the coarser ones say together
         residuals = target[:, :, None] - (named - vectors.detach())  # what the coarser ones leave to each
         q = named[:, :, -1]                      # (B, N, code_dim)
-        # Each codebook goes to its residuals (weight 1), and the encoder stays near its codes (weight
-        # 0.25).
+        # Each codebook goes to its residuals (weight 1); the encoder stays near its codes (weight 0.25).
         vq = codes.shape[-1] * F.mse_loss(vectors, residuals) + 0.25 * F.mse_loss(z, q)
         drawn = self.render(z + (q - target))  # straight-through: the decoder sees q, the gradient goes to z
         return F.mse_loss(drawn, images) + 0.2 * F.l1_loss(drawn, images) + vq, codes, target
@@ -386,7 +382,7 @@ class Tokenizer(nn.Module):
         dead = self.idle >= patience
         for codebook, code, is_dead in zip(self.codebooks, codes, dead):
             before, residual = residual, residual - codebook[code]
-            weights = residual.pow(2).sum(-1) + 1e-12  # (B * N,)
+            weights = residual.pow(2).sum(-1).nan_to_num() + 1e-12  # (B * N,)
             chosen = weights.multinomial(len(codebook), replacement=True)
             codebook.copy_(torch.where(is_dead[:, None], before[chosen], codebook))
         self.idle.masked_fill_(dead, 0)
@@ -395,15 +391,13 @@ class Tokenizer(nn.Module):
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of images in [-1, 1], in dB, averaged over the pictures. (B, 3, H, W) x 2 ->
-    float"""
+    """Peak signal-to-noise ratio of images in [-1, 1], in dB, averaged: (B, 3, H, W) x 2 -> float"""
     mse = (a - b).pow(2).flatten(1).mean(1)  # (B,)
     return (10 * torch.log10(4 / mse.clamp_min(1e-10))).mean().item()
 
 
 def codebook_usage(codes, codebook_size):
-    """How many of `codebook_size` occur at all, and their perplexity: as many, equally likely, would carry as
-    much."""
+    """How many of `codebook_size` occur, and their perplexity: as many, equally likely, would say as much."""
     share = codes.flatten().bincount(minlength=codebook_size) / codes.numel()
     return int((share > 0).sum()), round(torch.special.entr(share).sum().exp().item(), 1)
 

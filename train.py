@@ -10,8 +10,7 @@ instruction.
 
 The same command again resumes where it stopped. In --out: tokenizer.pt, stage1.pt, stage2.pt (checkpoints),
 stage0.png, stage1.png, stage2.png (what it draws of held-out subjects), log.jsonl (a line per logged step;
-steps that a kill undid stand there twice), index.npz and backgrounds.npz (what --data and --backgrounds
-hold).
+steps that a kill undid stand there twice), index.npz and backgrounds.npz (what the folders hold).
 """
 import argparse
 import contextlib
@@ -130,8 +129,10 @@ def find_subjects(sources, index):
     """data.load_subjects, but what was found is kept in a file until a folder, or the code that looks,
     changes: opening a million images takes minutes."""
     folders = [folder for source in (sources or "").split(",") for folder, _, _ in os.walk(source)]
-    paths = [data.__file__, *folders, *(f"{folder}/metadata.jsonl" for folder in folders)]
-    state = str((sources, [(path, os.stat(path).st_mtime_ns) for path in paths if os.path.exists(path)]))
+    code = [sys.modules[name].__file__ for name in ("tokenizer", "data")]
+    paths = [*code, *folders, *(f"{folder}/metadata.jsonl" for folder in folders)]
+    times = [(path, os.stat(path).st_mtime_ns) for path in paths if os.path.exists(path)]
+    state = str((sources, emoji_font() and emoji_font().path, times))
     kept = {}
     with contextlib.suppress(Exception):  # none yet, or damaged: the folders are looked through again
         kept = dict(np.load(index))
@@ -236,7 +237,6 @@ def start_run(plan):
     model = Mentor(plan.config).to(plan.device) if plan.stage else tokenizer
     optimizers = make_optimizers(model, plan.settings["bf16"], fused=plan.device.type == "cuda")
     run = Run(plan, model, tokenizer, optimizers)
-    before = os.path.join(plan.out, CHECKPOINTS[plan.stage - 1])
     if os.path.exists(plan.path):
         checkpoint = checked(plan.path, plan.config, plan.stage)
         for name, value in checkpoint["settings"].items():
@@ -248,10 +248,11 @@ def start_run(plan):
         run.step, run.seconds = checkpoint["step"], checkpoint["seconds"]
     elif plan.stage == 0:
         return run
-    elif not os.path.exists(before):
-        raise BadInput(f"{before} is missing: stage {plan.stage} starts from it "
-                       f"(python train.py --stage {plan.stage - 1} --out {plan.out})")
     else:
+        before = os.path.join(plan.out, CHECKPOINTS[plan.stage - 1])
+        if not os.path.exists(before):
+            raise BadInput(f"{before} is missing: stage {plan.stage} starts from it "
+                           f"(python train.py --stage {plan.stage - 1} --out {plan.out})")
         checkpoint = checked(before, plan.config, plan.stage - 1)
         if checkpoint["step"] < checkpoint["settings"]["steps"]:
             say(f"{before} is not finished (step {checkpoint['step']}): starting from it all the same")
@@ -267,8 +268,7 @@ def checked(path, config, stage):
     """A checkpoint of this preset and stage, else BadInput."""
     checkpoint = load_checkpoint(path)
     if checkpoint["config"] != dataclasses.asdict(config) or checkpoint["stage"] != stage:
-        raise BadInput(f"{path} is of another preset or stage: give the --preset it was trained with, "
-                       "or another --out")
+        raise BadInput(f"{path} is of another preset or stage: give its --preset, or another --out")
     if "optimizers" not in checkpoint:
         raise BadInput(f"{path} is an exported model, without what training needs: give another --out")
     return checkpoint
@@ -280,6 +280,8 @@ def save_run(run):
                  "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
         save_checkpoint(run.plan.path, stage=run.plan.stage, step=run.step, seconds=run.seconds,
                         settings=run.plan.settings, config=dataclasses.asdict(run.plan.config), **parts)
+    if world() > 1:
+        dist.barrier()  # none goes on, or leaves, before it is written
 
 
 def make_loader(run, dataset, n_workers):
@@ -420,9 +422,7 @@ def train(stage, args, device):
                 look(run, held_out)
             since, first, lengths = time.time(), run.step, []
     say(f"stage {stage} is finished: {plan.path}, and what it draws: {plan.sheet}")
-    if world() > 1:
-        dist.barrier()  # the next stage reads what the first process has just saved
-    if stop:  # during the last step: all is saved, but no next stage begins
+    if any_process(stop, device):  # during the last step: all is saved, but no next stage begins
         sys.exit(130)
 
 
@@ -430,7 +430,7 @@ def show(stage, args, device, n=6):
     """A sheet of the first n samples of each task that this very run would learn from."""
     plan = make_plan(stage, args, device)
     dataset, _ = make_datasets(plan, args)
-    rows = {task: [] for task in dataset.mix if dataset.mix[task] > 0}
+    rows = {task: [] for task in dataset.mix}
     for i in range(1000):
         sample = dataset[i]
         if len(rows[sample.task]) < n:
@@ -453,7 +453,7 @@ def parse_args():
                         help="photographs to place subjects on, named by a .txt beside, file or folder")
     parser.add_argument("--mix", type=parse_mix, metavar="TASK=SHARE,...", help="tasks of stage 1 or 2")
     parser.add_argument("--steps", type=at_least(1), help="of this stage (default: the preset's)")
-    parser.add_argument("--batch-size", type=at_least(1), help="samples a step (default: the preset's)")
+    parser.add_argument("--batch-size", type=at_least(1), help="samples (stage 0: pictures) a step")
     parser.add_argument("--workers", type=at_least(0), default=8 if has_cuda else 1,
                         help="processes that compose samples (default: %(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0)
@@ -477,7 +477,7 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if args.compile is None and not args.show:
-        args.compile = args.preset != "test" and can_compile(device)
+        args.compile = args.preset != "test" and args.stage > 0 and can_compile(device)
     if world() > 1:  # (two hours: the first process may look through a million images)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     make_folder(args.out)

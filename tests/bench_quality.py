@@ -248,63 +248,47 @@ def print_table(rows):
         )
 
 
-IMAGE_SCALES, TEXT_SCALES = (1.0, 2.0, 3.0, 5.0), (1.0, 3.0, 5.0)
+IMAGE_SCALES, TEXT_SCALES = (1.0, 2.0, 3.0, 5.0), (1.0, 1.5, 3.0)
 COLOURS = ((60, 90, 220), (60, 150, 60), (210, 50, 50))  # a text scale each
 
 
-def mean_and_error(values):
-    return values.mean(), values.std() / len(values) ** 0.5
-
-
 def draw_curves(points, path):
-    """points: (cfg_image, cfg_text) -> judged pictures. A line a cfg_text, along it cfg_image grows; bars of
-    one standard error each way."""
-    image, size, edge = Image.new("RGB", (1000, 760), "white"), (700, 600), (110, 60)
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(20)
-    figures = {}
-    for scales, judged in points.items():
-        follows = (judged["background"] + judged["place"] + judged["size"]) / 3
-        figures[scales] = (
-            *mean_and_error(follows),
-            *mean_and_error(judged["recognised"]),
-        )  # PF, its error, CP, its error
-    xs, dx, ys, dy = map(np.array, zip(*figures.values()))
-    low, high = (
-        (np.floor(20 * (v - e).min()) / 20, np.ceil(20 * (v + e).max()) / 20) for v, e in ((xs, dx), (ys, dy))
-    )
-    (left, right), (bottom, top) = low, high
+    """points: (cfg_image, cfg_text) -> judged pictures. CP and PF over cfg_image; a line a cfg_text, with
+    bars of one standard error."""
+    image = Image.new("RGB", (1180, 460), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(17)
+    titles = ("CP: how often the subject is recognised", "PF: how much of the prompt holds")
+    for left, title in zip((60, 620), titles):
+        curves = {}
+        for (cfg_image, cfg_text), judged in points.items():
+            follows = (judged["background"] + judged["place"] + judged["size"]) / 3
+            values = judged["recognised"] if title.startswith("CP") else follows  # (n,)
+            error = values.std() / len(values) ** 0.5
+            curves.setdefault(cfg_text, []).append((cfg_image, values.mean(), error))
+        low = np.floor(10 * min(mean - error for curve in curves.values() for _, mean, error in curve)) / 10
 
-    def place(x, y):
-        return edge[0] + size[0] * (x - left) / (right - left), edge[1] + size[1] * (top - y) / (top - bottom)
+        def place(cfg_image, value, left=left, low=low):
+            return left + 85 * (cfg_image - 0.5), 390 - 320 * (value - low) / (1 - low)
 
-    for x in np.arange(left, right + 0.01, 0.05):
-        pen.line([place(x, bottom), place(x, top)], fill=(230, 230, 230))
-        pen.text(
-            (place(x, bottom)[0], edge[1] + size[1] + 8), f"{x:.2f}", fill="black", font=font, anchor="ma"
-        )
-    for y in np.arange(bottom, top + 0.01, 0.1):
-        pen.line([place(left, y), place(right, y)], fill=(230, 230, 230))
-        pen.text((edge[0] - 10, place(left, y)[1]), f"{y:.2f}", fill="black", font=font, anchor="rm")
-    pen.text(
-        (edge[0] + size[0] / 2, 720), "PF: how much of the prompt holds", fill="black", font=font, anchor="ma"
-    )
-    pen.text(
-        (edge[0] - 60, 20),
-        "CP: how often the subject is recognised; at each dot its --cfg-image",
-        fill="black",
-        font=font,
-    )
-    for text, colour in zip(TEXT_SCALES, COLOURS):
-        row = [figures[image_scale, text] for image_scale in IMAGE_SCALES]
-        pen.line([place(x, y) for x, _, y, _ in row], fill=colour, width=3)
-        for (x, x_error, y, y_error), image_scale in zip(row, IMAGE_SCALES):
-            pen.line([place(x - x_error, y), place(x + x_error, y)], fill=colour)
-            pen.line([place(x, y - y_error), place(x, y + y_error)], fill=colour)
-            cx, cy = place(x, y)
-            pen.ellipse((cx - 6, cy - 6, cx + 6, cy + 6), fill=colour)
-            pen.text((cx + 9, cy - 9), f"{image_scale:g}", fill=colour, font=font, anchor="ls")
-        x, y = place(row[0][0], row[0][2])
-        pen.text((x, y + 12), f"--cfg-text {text:g}", fill=colour, font=font, anchor="ma")
+        pen.text((left, 20), title, fill="black", font=font)
+        for value in np.arange(low, 1.01, 0.1):
+            pen.line([place(0.5, value), place(5.2, value)], fill=(225, 225, 225))
+            pen.text((left - 8, place(0, value)[1]), f"{value:.1f}", fill="black", font=font, anchor="rm")
+        for cfg_image in IMAGE_SCALES:
+            pen.text((place(cfg_image, 0)[0], 400), f"{cfg_image:g}", fill="black", font=font, anchor="ma")
+        pen.text((place(3, 0)[0], 426), "--cfg-image", fill="black", font=font, anchor="ma")
+        ends = sorted((place(*curve[-1][:2])[1], cfg_text) for cfg_text, curve in curves.items())
+        for i, (_, cfg_text) in enumerate(ends):  # labels keep their distance
+            ends[i] = (max(ends[i][0], ends[i - 1][0] + 20) if i else ends[i][0], cfg_text)
+        for (cfg_text, curve), colour in zip(curves.items(), COLOURS):
+            pen.line([place(cfg_image, mean) for cfg_image, mean, _ in curve], fill=colour, width=3)
+            for cfg_image, mean, error in curve:
+                x, y = place(cfg_image, mean)
+                bar = [(x, place(0, mean - error)[1]), (x, place(0, mean + error)[1])]
+                pen.line(bar, fill=colour, width=2)
+                pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+            height = next(height for height, text in ends if text == cfg_text)
+            pen.text((x + 12, height), f"--cfg-text {cfg_text:g}", fill=colour, font=font, anchor="lm")
     with whole_file(path) as temporary:
         image.save(temporary, "PNG")
 

@@ -12,7 +12,6 @@ import data
 from data import Placement, Subject, Tasks, compose, cutout, load_subjects
 from mentor import TASKS
 
-
 # -- the same sample again
 
 

@@ -18,7 +18,7 @@ def test_imports_point_down(name):
             taken |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             taken.add(node.module)
-    assert not taken & set(TOWER[TOWER.index(name):])
+    assert not taken & set(TOWER[TOWER.index(name) :])
     assert taken & set(TOWER) or name == "tokenizer"  # the test sees imports where there are some
 
 

@@ -1,4 +1,6 @@
 """Where subjects come from: the emoji font, and folders that people have."""
+
+import argparse
 import colorsys
 import json
 import struct
@@ -10,6 +12,7 @@ from conftest import SHAPES, picture, sprite, tasks
 from PIL import Image, ImageOps
 
 import data
+import train
 from data import Tasks, cutout, load_subjects
 from mentor import TASKS
 from tokenizer import BadInput, emoji_font, open_square, read_image
@@ -219,6 +222,29 @@ def test_a_rectangle_without_a_transparent_pixel_is_a_plain_picture(tmp_path):
         assert {dataset[i].label for i in range(200)} == shown
 
 
+def test_whatever_is_wrong_with_a_file_the_scan_goes_on(tmp_path, monkeypatch):
+    sprite(tmp_path / "good.png")
+    sprite(tmp_path / "bad.png")
+    picture(tmp_path / "..odd name.png")
+    alpha_cuts_out = data.alpha_cuts_out
+
+    def picky(path):
+        if path.name == "bad.png":
+            raise SyntaxError("broken PNG file")  # as pillow says of a bad chunk behind the pixels
+        return alpha_cuts_out(path)
+
+    monkeypatch.setattr(data, "alpha_cuts_out", picky)
+    subjects = load_subjects(str(tmp_path))
+    assert {subject.label for subject in subjects} == {"good", "..odd name"}
+    assert "skipped 1 files" in subjects.report and "broken PNG file" in subjects.report
+
+
+def test_words_of_a_long_file_name_fit_the_block(tmp_path):
+    picture(tmp_path / f"{'word ' * 40}.jpg")
+    subject = load_subjects(str(tmp_path))[0]
+    assert 70 < len(subject.caption.encode()) <= data.MAX_CAPTION
+
+
 def test_mirrored_files_are_views_of_one_subject(tmp_path):
     sprite(tmp_path / "owl.png")
     sprite(tmp_path / "owl_mirror.png")
@@ -294,6 +320,16 @@ def test_index_is_used_until_a_folder_or_the_code_changes(tmp_path, monkeypatch)
         (tmp_path / "index.npz").write_bytes(damage)
         assert find_subjects(folder, index)[0].label == "one"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.py", "index.npz", "mine"]
+
+
+def test_index_knows_whether_there_was_a_font(tmp_path, monkeypatch):
+    """Without one shapes take the emojis' place; who then brings a font must not go on with shapes."""
+    index, calls = str(tmp_path / "index.npz"), []
+    monkeypatch.setattr(data, "load_subjects", lambda sources: calls.append(sources) or SHAPES)
+    for font in (None, argparse.Namespace(path="noto.ttf"), argparse.Namespace(path="noto.ttf")):
+        monkeypatch.setattr(train, "emoji_font", lambda font=font: font)
+        find_subjects(None, index)
+    assert len(calls) == 2
 
 
 def test_looking_a_subject_up_copies_no_column():

@@ -112,6 +112,7 @@ def test_mix_is_read_normalised_and_put_in_order():
         list(train.parse_mix(text)) for text in ("recovery=1,segmentation=1", "segmentation=1,recovery=1")
     ]
     assert orders[0] == orders[1]  # which task a random number means depends on it
+    assert list(train.parse_mix("recovery=1,segmentation=0")) == ["recovery"]
     for mix in train.MIXES.values():
         assert sum(mix.values()) == pytest.approx(1) and list(mix) == [task for task in TASKS if task in mix]
 
@@ -297,6 +298,20 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(trained, tmp_path, m
         run_stage(2, tmp_path, steps=80)
     kept = torch.load(tmp_path / "stage2.pt", weights_only=True)
     assert kept["step"] == 4 and all(torch.isfinite(weight).all() for weight in kept["model"].values())
+
+
+def test_a_tokenizer_that_is_not_finite_stops_with_one_line_too(tmp_path, monkeypatch):
+    """Its restarts of dead codes draw from what the codes leave, which is then no number."""
+    forward = Tokenizer.forward
+
+    def broken(self, images):
+        loss, codes, z = forward(self, images)
+        return loss * float("nan"), codes, z * float("nan")
+
+    monkeypatch.setattr(Tokenizer, "forward", broken)
+    with pytest.raises(BadInput, match="stage 0: loss .* not finite"):
+        run_stage(0, tmp_path, steps=10)
+    assert not (tmp_path / "tokenizer.pt").exists()
 
 
 def test_figures_that_a_kill_took_are_made_up_for(trained, tmp_path, monkeypatch, capsys):
