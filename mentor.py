@@ -58,8 +58,9 @@ CONFIGS = {
 BOS, BOI, EOI, PAD, CODE = range(256, 261)
 
 # -----------------------------------------------------------------------------------------------------------
-# The tasks. To add one, colourisation say, write a row here, a method of its name in data.py (class Tasks)
-# and its share in train.py (MIXES). To draw with it, say in sample.py (which_task) what a user gives for it.
+# The tasks. To add one, colourisation say, write a row here, a method of its name (with _ for -) in data.py's
+# Tasks, which gives as many references as the prompt has <image>, and its share in train.py's MIXES. To draw
+# with it, say in sample.py (which_task) what a user gives for it.
 
 
 class Task(NamedTuple):

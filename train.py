@@ -88,20 +88,20 @@ def make_optimizers(model, bf16, fused):
     return optimizers
 
 
-def accumulate(net, parts, device):
-    """Adds the gradient of the mean loss over all parts -> that loss, and what else the last pass returned.
+def accumulate(net, inputs, device):
+    """Adds the gradient of the mean loss of all micro-batches -> that loss, and what else the last one gave.
 
-    The division comes before backward, so k parts give the gradient of one batch. Among several processes
-    only the last part's backward exchanges gradients.
+    The division comes before backward, so k micro-batches give the gradient of one batch. Among several
+    processes only the last one's backward exchanges gradients.
     """
     total = 0.0
-    for i, part in enumerate(parts):
-        exchanges = i == len(parts) - 1 or not isinstance(net, DistributedDataParallel)
+    for i, micro_batch in enumerate(inputs):
+        exchanges = i == len(inputs) - 1 or not isinstance(net, DistributedDataParallel)
         with contextlib.nullcontext() if exchanges else net.no_sync():
             with autocast(device):
-                result = net(*part)
+                result = net(*micro_batch)
             loss, *extra = result if isinstance(result, tuple) else (result,)
-            loss = loss.mean() / len(parts)
+            loss = loss.mean() / len(inputs)
             loss.backward()
         total += loss.detach()
     return total, extra
@@ -230,8 +230,8 @@ class Run:
 
 
 def start_run(plan):
-    """Weights and optimizers as the last run of this stage left them, or else weights of the stage before.
-    All else, samples and random numbers, follows from the step."""
+    """Weights and optimizers as the last run of this stage left them, if its settings were these, or else the
+    weights of the stage before. All else, samples and random numbers, follows from the step."""
     torch.manual_seed(plan.settings["seed"])
     tokenizer = Tokenizer(plan.config).to(plan.device).requires_grad_(plan.stage == 0)
     model = Mentor(plan.config).to(plan.device) if plan.stage else tokenizer
