@@ -9,6 +9,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -270,7 +271,9 @@ def run_script(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (BadInput, torch.cuda.OutOfMemoryError) as error:
+    except (BadInput, OSError, torch.cuda.OutOfMemoryError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            raise
         message = str(error).strip().splitlines()[-1]  # (a worker wraps its error into a traceback)
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)

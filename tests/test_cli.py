@@ -1,5 +1,6 @@
 """The commands of the README, and what they say when they cannot go on."""
 
+import errno
 import re
 import shlex
 import shutil
@@ -138,6 +139,20 @@ def test_out_of_gpu_memory_is_one_line(capsys):
         sample.run_script(main)
     err = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(err) == 1 and "CUDA out of memory" in err[0]
+
+
+def test_a_full_disk_is_one_line_and_a_bug_is_not(capsys):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def bug():
+        raise FileNotFoundError(errno.ENOENT, "a name of ours")
+
+    with pytest.raises(SystemExit) as stopped:
+        sample.run_script(full)
+    assert stopped.value.code == 2 and "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(FileNotFoundError):
+        sample.run_script(bug)
 
 
 def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
