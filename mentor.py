@@ -350,9 +350,9 @@ TEMPERATURE = 0.6
 GROUP_SIZE = 8  # pictures side by side: more would share more of the prompt, but compute more that is masked
 
 
-def drawing_copy(model):
+def drawing_copy(model, exact=False):
     """The model with its matrices in bf16 where the hardware multiplies it: cast once, not at every use."""
-    dtype = torch.bfloat16 if has_bf16(model.head_gain.device) else torch.float32
+    dtype = torch.bfloat16 if has_bf16(model.head_gain.device) and not exact else torch.float32
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # deepcopy's memo
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -401,9 +401,9 @@ class Drawing:
     a CUDA graph can replay it, and torch.compile can take it.
     """
 
-    def __init__(self, model, prompts, n, seed, temperature, top_k, cfg_image, cfg_text):
+    def __init__(self, model, prompts, n, seed, temperature, top_k, cfg_image, cfg_text, exact=False):
         config, device = model.config, model.head_gain.device
-        self.model, self.top_k = drawing_copy(model), top_k
+        self.model, self.top_k = drawing_copy(model, exact), top_k
         levels = config.n_codebooks
         self.temperatures = temperature if isinstance(temperature, list) else [temperature] * levels
         n_groups = -(-n // GROUP_SIZE)
@@ -484,13 +484,15 @@ class Drawing:
 
 
 @torch.inference_mode()
-def generate(model, prompts, n=1, seed=0, temperature=TEMPERATURE, top_k=0, cfg_image=1.0, cfg_text=1.0):
+def generate(model, prompts, n=1, seed=0, temperature=TEMPERATURE, top_k=0, cfg_image=1.0, cfg_text=1.0,
+             exact=False):
     """Draws n pictures of each prompt -> codes (len(prompts) * n, N, n_codebooks).
 
     prompts: list of (pieces, references), as build_sequence takes them. temperature: a number, or a list of
     one a codebook. Row i of the result uses the random numbers of seed + i, whatever is drawn beside it.
+    exact: in fp32, where that makes it the same picture; in bf16 rounding may turn it into another.
     """
-    drawing = Drawing(model, prompts, n, seed, temperature, top_k, cfg_image, cfg_text)
+    drawing = Drawing(model, prompts, n, seed, temperature, top_k, cfg_image, cfg_text, exact)
     drawing.draw_patch()
     repeat(drawing.step, model.config.n_codes - 1, drawing.codes.device)
     return drawing.codes.unflatten(0, (len(prompts), -1))[:, :n].flatten(0, 1)

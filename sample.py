@@ -370,7 +370,7 @@ def main():
     args = parse_args()
     task = which_task(args.ref, args.label, args.prompt)
     if task == "reconstruction" and args.prompt:
-        say("a reference without --label is copied; with --label its subject is drawn as --prompt says")
+        say("no --label: the reference is copied; add --label to draw its subject as --prompt says")
     trained = os.path.join("out", "stage2.pt")
     path = args.ckpt or (trained if os.path.exists(trained) else SHIPPED)
     model, tokenizer = load_models(path, torch.device(args.device))
@@ -387,7 +387,7 @@ def main():
     prompt = fill_prompt(task, clean_label(args.label), clean_text(args.prompt))  # as words were in training
     started = time.time()
     pictures = draw(model, tokenizer, [(prompt, references)], n=args.n, seed=args.seed, top_k=args.top_k,
-                    temperature=temperature, cfg_image=cfg_image, cfg_text=cfg_text)
+                    temperature=temperature, cfg_image=cfg_image, cfg_text=cfg_text, exact=True)
     seconds = (time.time() - started) / args.n
 
     as_grid = args.output.lower().endswith(".png") and args.n > 1

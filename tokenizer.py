@@ -107,7 +107,8 @@ def read_image(path, least=None):
             has_alpha = image.has_transparency_data
             return ImageOps.exif_transpose(image).convert("RGBA" if has_alpha else "RGB")
     except Exception as error:  # a damaged file can fail anywhere inside pillow
-        raise BadInput(f"{path}: not a readable image ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path}: not a readable image ({reason})") from error
 
 
 def alpha_cuts_out(path):

@@ -327,6 +327,16 @@ def test_drawing_in_bf16_is_close_and_leaves_the_model_as_it_was(model, monkeypa
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+def test_an_exact_picture_is_the_same_in_every_batch_also_where_there_is_bf16(model, monkeypatch):
+    """sample.py draws so: the seventh of a grid can be drawn again alone."""
+    monkeypatch.setattr(mentor, "has_bf16", lambda device: True)
+    how = {"cfg_image": 2.0, "cfg_text": 2.0, "exact": True}
+    grid = generate(model, [(["a cat"], [])], n=9, seed=5, **how)
+    for i in (0, 6, 8):
+        assert torch.equal(grid[i], generate(model, [(["a cat"], [])], seed=5 + i, **how)[0])
+    assert mentor.drawing_copy(model, exact=True).blocks[0].mlp.fc.weight.dtype == torch.float32
+
+
 def test_every_task_is_a_row_and_a_method():
     assert all(callable(getattr(data.Tasks, task.replace("-", "_"))) for task in TASKS)
 
