@@ -352,7 +352,7 @@ def parse_args():
                         help="a .png, several pictures as a grid, or a folder (default: sample.png)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="picture i is drawn with seed + i")
     parser.add_argument("--temperature", type=from_zero, nargs="+", default=[TEMPERATURE],
-                        help="0 takes the likeliest codes (default: 0.6); or one a codebook, coarse to fine")
+                        help=f"0 takes the likeliest codes (default: {TEMPERATURE}); or one a codebook")
     parser.add_argument("--top-k", type=at_least(0), default=0, help="draw from the k likeliest (0: all)")
     parser.add_argument("--cfg", type=from_zero, help="guidance, for image and text (default: the task's)")
     parser.add_argument("--cfg-image", type=from_zero, help="how closely to follow the reference")

@@ -96,7 +96,7 @@ def read_image(path, least=None):
     """Any image file, turned as its EXIF says -> RGB image, or RGBA where the file has alpha.
 
     least: pixels that either side has to keep. A JPEG that has many more is decoded at half, a quarter or an
-    eighth of its size, which takes a tenth of the time. Raises BadInput, naming the file.
+    eighth of its size, which is much faster. Raises BadInput, naming the file.
     """
     try:
         with Image.open(path) as image:
