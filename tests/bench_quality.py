@@ -7,14 +7,16 @@ CP, concept preservation: is the drawn subject the referenced one? The cut-outs 
 others are laid over the drawn picture, at every place and size that prompts name, mirrored or not, and a 32nd
 of the canvas to and fro. Whichever explains most of what stands out from the background is the one that was
 drawn. CP is the share of pictures where that is the true subject (chance: .05, more where fewer than 20 are
-held out), similarity the share of it that the true subject explains. PF, prompt following: the share of the
-prompt's parts that hold: background (chance: 1/19), place (1/3) and size (1/2), so by chance .30; the right
-background without any subject has .61.
+held out), similarity the share of it that the true subject explains. Hard CP is the same against the 19 whose
+outlines are most alike, each brought to the true subject's mean colour and laid into its outline, so that
+only what is inside tells. PF, prompt following: the share of the prompt's parts that hold: background
+(chance: 1/19), place (1/3) and size (1/2), so by chance .30; the right background without any subject has
+.61.
 
-We composed the scenes, so the truth is known and no network has to judge. Four references are scored by the
-same code: the true pictures through the tokenizer (a ceiling), their subjects' outlines filled with one
-colour, the mean (what an outline and a hue are worth), the reference handed back as it is (CP without PF),
-and the same model without the reference (PF without CP).
+We composed the scenes, so the truth is known and no network has to judge. Five references are scored by the
+same code: the true pictures, as they are and through the tokenizer (ceilings), their subjects' outlines
+filled with one colour, the mean (what an outline and a hue are worth), the reference handed back as it is (CP
+without PF), and the same model without the reference (PF without CP).
 """
 
 import argparse
@@ -97,11 +99,11 @@ def flattened(case):
 N_OTHERS = 19
 
 
-def templates(subject, image_size):
+def templates(subject, image_size, looks=LOOKS):
     """Every way in which a prompt can place the subject -> pixels (n, H, W, 3), 0 outside the mask; masks (n,
-    H, W), 0 or 1. They go through LOOKS in order, with as many shifts and mirrorings each."""
+    H, W), 0 or 1. They go through the looks in order, with as many shifts and mirrorings each."""
     pixels, masks, black, step = [], [], Image.new("RGB", (image_size, image_size)), image_size // 32
-    for size, place in LOOKS:
+    for size, place in looks:
         placement = data.named_placement(size, place)
         for sprite in (cutout(subject), ImageOps.mirror(cutout(subject))):
             alone, mask = np.asarray(compose(sprite, black, placement)[1]), silhouette(
@@ -125,7 +127,7 @@ def coarse(pictures):
 
 def judge(pictures, cases, seed=0):
     """pictures: uint8 (n, H, W, 3), one a case -> dict of arrays (n,): big (as asked), recognised,
-    similarity, background, place, size (each as drawn)."""
+    recognised inside, similarity, background, place, size (each as drawn)."""
     n, size = pictures.shape[:2]
     drawn = pictures.astype(np.float32) / 255
     rng = np.random.default_rng(seed)
@@ -152,44 +154,88 @@ def judge(pictures, cases, seed=0):
     explained, best = np.empty((n, len(subjects))), np.empty((n, len(subjects)), int)
     for j, subject in enumerate(subjects):
         pixels, masks = templates(subject, size)
-        gain = (
-            bare @ masks.reshape(len(masks), -1).T
-            + 2 * drawn.reshape(n, -1) @ pixels.reshape(len(masks), -1).T
-        )
+        gain = bare @ masks.reshape(len(masks), -1).T
+        gain += 2 * drawn.reshape(n, -1) @ pixels.reshape(len(masks), -1).T
         gain -= (pixels**2).sum((1, 2, 3))  # (n, templates)
         explained[:, j], best[:, j] = gain.max(1) / total, gain.argmax(1)
 
+    closest = explained.argmax(1)  # size and place count whoever was drawn
+    best = best[np.arange(n), closest]
+    looks = best * len(LOOKS) // len(masks)  # (n,): which was drawn
     result = {name: np.zeros(n) for name in ("recognised", "similarity", "background", "place", "size")}
     result["big"] = np.array([case.size == "" for case in cases])
+    result["recognised inside"] = recognise_inside(drawn, behind, looks, cases, subjects)
     for i, case in enumerate(cases):
         true = subjects.index(case.subject)
-        others = [
-            j for j, subject in enumerate(subjects) if subject.name != case.subject.name
-        ]  # (its other views are no rivals)
-        rivals = np.random.default_rng([seed, case.number]).choice(
+        others = other_subjects(subjects, true)
+        some = np.random.default_rng([seed, case.number]).choice(
             others, min(N_OTHERS, len(others)), replace=False
         )
-        result["recognised"][i] = explained[i, true] > explained[i, rivals].max()
+        result["recognised"][i] = explained[i, true] > explained[i, some].max()
         result["similarity"][i] = max(0.0, explained[i, true])
-        closest = explained[i].argmax()  # size and place count whoever was drawn
-        pixels, masks = templates(subjects[closest], size)
-        look = LOOKS[best[i, closest] * len(LOOKS) // len(masks)]
-        result["size"][i], result["place"][i] = look[0] == case.size, look[1] == case.place
-        outside = coarse(masks[best[i, closest]][None])[0, :, 0] < 0.25
+        size_drawn, place_drawn = LOOKS[looks[i]]
+        result["size"][i], result["place"][i] = size_drawn == case.size, place_drawn == case.place
+        _, masks = templates(subjects[closest[i]], size)
+        outside = coarse(masks[best[i]][None])[0, :, 0] < 0.25
         result["background"][i] = words[errors[i][:, outside].mean(1).argmin()] == case.background
     return result
 
 
+def other_subjects(subjects, true):
+    """Indices of the rivals; other views of the true subject are none."""
+    return [j for j, subject in enumerate(subjects) if subject.name != subjects[true].name]
+
+
+def outline_likeness(subjects, size):
+    """What share of two subjects' outlines, one laid over the other, both fill, mirrored or not -> (subjects,
+    subjects)"""
+    outlines = np.stack([silhouette(cutout(s), size, AS_GIVEN) for s in subjects]).astype(np.float32)
+    flat, mirrored = (o.reshape(len(subjects), -1) for o in (outlines, outlines[:, :, ::-1]))
+    areas, both = flat.sum(1), np.maximum(flat @ flat.T, flat @ mirrored.T)
+    return both / (areas[:, None] + areas - both)
+
+
+def recognise_inside(drawn, behind, looks, cases, subjects):
+    """Whether the inside of the true subject explains a picture better than those of the rivals do whose
+    outlines are most alike -> (n,), bool.
+
+    Each rival is shifted to the true subject's mean colour and laid into the true outline, whose mean colour
+    shows where the rival does not reach. So all templates of a picture have one outline and one hue. Size and
+    place are as drawn (looks: n indices of LOOKS).
+    """
+    size, alike = drawn.shape[1], outline_likeness(subjects, drawn.shape[1])
+    recognised = np.zeros(len(cases), bool)
+    for look in np.unique(looks):
+        hues, masks, reliefs = [], [], []
+        for subject in subjects:
+            pixels, mask = templates(subject, size, [LOOKS[look]])  # (templates, H, W, 3), (templates, H, W)
+            hues.append(pixels.sum((0, 1, 2)) / mask.sum())
+            masks.append(mask[..., None])
+            reliefs.append((pixels - hues[-1]) * mask[..., None])  # colours less their mean
+        for i in np.flatnonzero(looks == look):
+            true = subjects.index(cases[i].subject)
+            others = np.array(other_subjects(subjects, true))
+            hardest = others[alike[true, others].argsort()[::-1][:N_OTHERS]]
+            outline = masks[true]
+            bare = (outline * (drawn[i] - behind[i]) ** 2).sum((1, 2, 3))  # (templates,)
+            error = [
+                (outline * (drawn[i] - hues[true] - reliefs[j]) ** 2).sum((1, 2, 3)) for j in (true, *hardest)
+            ]
+            explained = (bare - np.stack(error)).max(1)  # (1 + rivals,)
+            recognised[i] = explained[0] > explained[1:].max()
+    return recognised
+
+
 def summary(result):
     """What the table says of judged pictures."""
-    recognised, big = result["recognised"], result["big"]
     mean = {name: float(result[name].mean()) for name in ("similarity", "background", "place", "size")}
-    cp, pf = float(recognised.mean()), (mean["background"] + mean["place"] + mean["size"]) / 3
-    cp_by_size = {
-        name: float(recognised[these].sum() / max(1, these.sum()))
-        for name, these in (("CP big", big), ("CP small", ~big))
-    }
-    return {"CP": cp, "PF": pf, "CP.PF": cp * pf, "CP/PF": cp / max(pf, 1e-9), **cp_by_size, **mean}
+    pf = (mean["background"] + mean["place"] + mean["size"]) / 3
+    row = {}
+    for name, recognised in (("CP", "recognised"), ("hard CP", "recognised inside")):
+        row[name] = float(result[recognised].mean())
+        for size, these in (("big", result["big"]), ("small", ~result["big"])):
+            row[f"{name} {size}"] = float(result[recognised][these].sum() / max(1, these.sum()))
+    return row | {"PF": pf, "CP.PF": row["CP"] * pf, "CP/PF": row["CP"] / max(pf, 1e-9)} | mean
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -337,6 +383,7 @@ def main():
     else:
         known = make_cases(trained, args.n, size, args.seed)
         shown = {
+            "true pictures": np.stack([case.target for case in cases]),
             "true pictures through the tokenizer": through_tokenizer(
                 tokenizer, [case.target for case in cases], device
             ),

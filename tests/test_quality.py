@@ -11,7 +11,7 @@ from conftest import TOY, script
 import bench_quality
 import data
 from tokenizer import emoji_font
-from bench_quality import copying, cutting_out, draw_cases, judge, make_cases, summary
+from bench_quality import copying, cutting_out, draw_cases, flattened, judge, make_cases, summary
 
 
 @pytest.fixture(scope="module", params=["shapes", "emoji"])
@@ -26,6 +26,12 @@ def test_the_true_pictures_score_high_on_both(cases):
     for moved in (0, 2):  # by two pixels: as near as a drawing of whole patches comes
         score = summary(judge(np.roll(np.stack([case.target for case in cases]), moved, (1, 2)), cases))
         assert score["CP"] >= 0.95 and score["PF"] >= 0.95 and score["similarity"] > 0.7
+        assert score["hard CP"] >= 0.95
+
+
+def test_hard_rivals_leave_an_outline_and_a_hue_nothing_to_tell(cases):
+    score = summary(judge(np.stack([flattened(case) for case in cases]), cases))
+    assert score["hard CP"] <= 0.25 < score["CP"]
 
 
 def test_copying_the_reference_keeps_the_subject_and_not_the_prompt(cases):
@@ -102,7 +108,7 @@ def test_bench_runs_and_repeats_itself(trained, tmp_path, monkeypatch, capsys, s
         bench_quality.main()
         figures.append(json.loads((tmp_path / "figures.json").read_text()))
     assert figures[0] == figures[1] and (tmp_path / "sheet.png").stat().st_size > 1000
-    assert len(figures[0]) == (4 if sweep else 9) and "| CP | PF |" in capsys.readouterr().out
+    assert len(figures[0]) == (4 if sweep else 10) and "| CP | CP big |" in capsys.readouterr().out
     assert sweep or figures[0]["copy the reference"]["background"] == 0
 
 
