@@ -1,7 +1,5 @@
 """Subjects, backgrounds, scenes and tasks: all that the model is taught with, composed on the fly.
 
-Whoever has cut-outs (an image with alpha, and a label) can make every task of the paper from them:
-
     Subject (a cut-out, a label) + background (a picture, its words) + Placement -> scene, cut-out, caption
 """
 import functools
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, ImageStat
 
 from mentor import TASKS
 from tokenizer import (BLACK, COLOURS, SHAPES, BadInput, alpha_cuts_out, draw_emoji, draw_shape, emoji_font,
@@ -120,8 +118,7 @@ def file_subject(root, line):
 
 
 def folder_subjects(folder, skipped):
-    """A user's own images, by metadata.jsonl, sidecar name.txt or class folders. Adds to `skipped` what is
-    unusable, and why. Raises BadInput without a folder."""
+    """A user's own images. Adds to `skipped` what is unusable, and why. Raises BadInput without a folder."""
     root = Path(folder)
     if not root.is_dir():
         raise BadInput(f"{folder}: no such folder (give emoji, shapes or a folder of images)")
@@ -135,7 +132,6 @@ def folder_subjects(folder, skipped):
 @functools.lru_cache(maxsize=1200)  # more than there are emoji; a file's takes at most 256 kB, or 4 size^2
 def cutout(subject, size=256):
     """The subject's pixels, cropped to its mask -> RGBA image, at most 256 px or `size`. Raises BadInput."""
-    largest = max(256, size)
     at_half = [0] * 128 + [255] * 128  # masks are cut at half, never at > 0: no halo of the old background
     image = {"emoji": draw_emoji, "shapes": draw_shape, "file": read_image}[subject.source](subject.path)
     if subject.mask:
@@ -148,7 +144,7 @@ def cutout(subject, size=256):
         what = "is empty" if alpha.getbbox() is None else "hides nothing: this is no cut-out"
         raise BadInput(f"{subject.path}: its mask {what}")
     image = image.crop(alpha.getbbox())
-    image.thumbnail((largest, largest), reducing_gap=3)
+    image.thumbnail((max(256, size),) * 2, reducing_gap=3)
     return image
 
 
@@ -161,8 +157,7 @@ def is_held_out(subject):
     return zlib.crc32(subject.name.encode()) % 10 == 0
 
 
-# subject: a number that its pictures share; start, end: of its line. (Unaligned, searchsorted copies a
-# column.)
+# subject: a number that its pictures share; start, end: of its line. (Unaligned, searchsorted would copy.)
 FIELDS = np.dtype([("subject", "i8"), ("start", "i8"), ("end", "i8"), ("held_out", "?"), ("has_cutout", "?")],
                   align=True)
 
@@ -219,16 +214,14 @@ def load_subjects(sources=None):
         sources = "shapes"
     sources = [source for source in (sources or "emoji").split(",") if source]
     if len({Path(source).resolve().name for source in sources}) < len(sources):
-        raise BadInput(f"{','.join(sources)}: two sources of one name, whose subjects could be "
-                       "confused: rename one folder")
+        raise BadInput(f"{','.join(sources)}: two sources of one name: rename one folder")
     return Subjects(**scan(sources))
 
 
 # -----------------------------------------------------------------------------------------------------------
 # Scenes: a subject somewhere on a background
 
-# Drawn by code, so that their words are exactly true. Words -> colours of the top of the sky, its lower
-# edge, the top of the ground, its lower edge.
+# Drawn by code, so that their words are exactly true. Colours: of the sky, top and foot, and of the ground.
 BACKGROUNDS = {
     "on the grass": ((90, 170, 240), (205, 232, 250), (125, 195, 80), (60, 140, 50)),
     "on the beach": ((110, 190, 245), (210, 235, 250), (240, 220, 160), (225, 195, 130)),
@@ -248,8 +241,8 @@ def draw_background(words, size, rng):
     """The background of these words, with its own light, horizon and details -> RGB image, size x size."""
     big = 2 * size  # drawn twice as large and averaged: smooth edges
     light = rng.uniform(0.9, 1.1) if words.endswith("background") else rng.uniform(0.9, 1.1, 2).repeat(2)
-    colours = np.array(BACKGROUNDS[words]) * np.reshape(light, (-1, 1))  # (4, 3)
-    sky, sky_low, ground, ground_low = np.clip(colours, 0, 255)
+    colours = np.clip(np.array(BACKGROUNDS[words]) * np.reshape(light, (-1, 1)), 0, 255)  # (4, 3)
+    sky, sky_low, ground, ground_low = colours
     # Horizon, place of a thing, dots: in 64ths of the canvas, like all details.
     h, x, dots = rng.uniform(33, 38), rng.uniform(8, 56), rng.uniform(0, 64, (12, 2))
     up, down = (np.linspace(0, 1, n)[:, None] for n in (int(h * big / 64), big - int(h * big / 64)))
@@ -298,8 +291,7 @@ class Placement(NamedTuple):
 
 
 def named_placement(size, place):
-    """The placement of a caption's words. On a canvas of 8 x 8 patches these are whole patches: a subject
-    that is only moved keeps its codes, and drawing it elsewhere begins as copying."""
+    """The placement of a caption's words: in whole patches, so that what is only moved keeps its codes."""
     return Placement(SIZES[size], PLACES[place], 0.5 if size == "" else 0.75)
 
 
@@ -322,15 +314,15 @@ def write_caption(rng, label, background, size=None, place=None):
 
 
 def compose(sprite, background, placement):
-    """Pastes an RGBA sprite into its box, at the bottom centre -> (scene, the sprite alone on black)."""
-    canvas = background.width
-    side = placement.side * canvas
+    """Pastes an RGBA sprite into its box, at the bottom centre -> scene, sprite alone on black, its mask."""
+    side, canvas = placement.side * background.width, background.width
     w, h = (max(1, round(n * side / max(sprite.size))) for n in sprite.size)
     x = round(placement.x * (canvas - side) + (side - w) / 2)
     y = round(placement.y * (canvas - side) + side - h)
     layer = Image.new("RGBA", background.size)
     layer.paste(sprite.resize((w, h), Image.Resampling.BICUBIC), (x, y))
-    return Image.alpha_composite(background.convert("RGBA"), layer).convert("RGB"), over(layer, BLACK)
+    scene = Image.alpha_composite(background.convert("RGBA"), layer).convert("RGB")
+    return scene, over(layer, BLACK), layer.getchannel("A")
 
 
 def recolour(sprite, rng):
@@ -346,6 +338,14 @@ def recolour(sprite, rng):
     return sprite
 
 
+def fill_outline(sprite, other):
+    """The outline of one sprite with the pixels of another: what is inside must be looked at, too."""
+    mean = ImageStat.Stat(other.convert("RGB"), other.getchannel("A")).mean
+    filled = over(other.resize(sprite.size), (*map(round, mean), 255))  # its mean where it does not reach
+    filled.putalpha(sprite.getchannel("A"))
+    return filled
+
+
 def distort(sprite, rng):
     """Recovery's damage (official code): with p .5 stretch, shear, rotation, corners jittered by 20%."""
     if rng.uniform() < 0.5:
@@ -354,8 +354,7 @@ def distort(sprite, rng):
     turn = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
     shear, stretch = np.array([(1, rng.uniform(-0.3, 0.3)), (0, 1)]), np.diag([rng.uniform(0.7, 1.3), 1])
     corners = np.array([(-1, -1), (-1, 1), (1, 1), (1, -1)]) * rng.uniform(1.0, 1.2, (4, 2))
-    # QUAD asks which point of the sprite each corner of the result shows; beyond the sprite all is
-    # transparent.
+    # QUAD asks which point of the sprite each corner of the result shows; beyond the sprite all is clear.
     quad = ((corners @ stretch @ shear.T @ turn.T) + 1) / 2 * sprite.size
     return sprite.transform(sprite.size, Image.Transform.QUAD, quad.flatten(), Image.Resampling.BICUBIC)
 
@@ -369,13 +368,13 @@ class Sample(NamedTuple):
     caption: str
     references: list      # uint8 (H, W, 3) each
     target: np.ndarray    # uint8 (H, W, 3): the picture to draw
+    mask: np.ndarray      # uint8 (H, W): how much of each pixel the subject covers; 0 in a plain picture
     task: str = ""
     hide: str = ""        # what training hides of the condition, for guidance (mentor.hide_condition)
 
 
 class Tasks:
-    """A map-style dataset of Sample: item `index` is a pure function of (seed, index), whatever the number of
-    workers.
+    """A map-style dataset of Sample: item `index` is a pure function of (seed, index), whatever the workers.
 
     mix: task -> its share. seed: a list of numbers. With `train`, a subject that a reference shows is
     recoloured, unless it has other views; without, the dataset holds the held-out subjects alone.
@@ -414,15 +413,14 @@ class Tasks:
     def text_to_image(self, i, subject, rng):
         if not subject.has_cutout:
             return self.plain_picture(subject)
-        scene, _, _ = self.scene(subject, cutout(subject, self.size), rng)
-        return scene
+        return self.scene(subject, cutout(subject, self.size), rng)[0]
 
     def reconstruction(self, i, subject, rng):
         """The target is the reference. One in ten has no caption: a copy needs no words."""
         if not subject.has_cutout:
             scene = self.plain_picture(subject)
         else:
-            scene, _, _ = self.scene(subject, self.sprite(i, subject, rng), rng, anywhere=0.7)
+            scene = self.scene(subject, self.sprite(i, subject, rng), rng, anywhere=0.7)[0]
         return scene._replace(references=[scene.target], caption=scene.caption if rng.uniform() < 0.9 else "")
 
     def segmentation(self, i, subject, rng):
@@ -450,17 +448,23 @@ class Tasks:
     # What they share
 
     def plain_picture(self, subject):
-        return Sample(subject.label, subject.caption, [], np.asarray(open_square(subject.path, self.size)))
+        target = np.asarray(open_square(subject.path, self.size))
+        return Sample(subject.label, subject.caption, [], target, np.zeros_like(target[..., 0]))
 
     def other_views(self, i):
-        has_cutout = self.subjects.table["has_cutout"]
-        return [view for view in self.subjects.views(i) if view != i and has_cutout[view]]
+        views, has_cutout = self.subjects.views(i), self.subjects.table["has_cutout"]
+        return [view for view in views if view != i and has_cutout[view]]
 
     def sprite(self, i, subject, rng):
-        """The subject's cut-out, in training recoloured; not where it has other views, which differ
-        anyway."""
+        """The subject's cut-out. In training two in five are filled with another subject's pixels, and all
+        are recoloured; not where there are other views, which differ anyway."""
         sprite = cutout(subject, self.size)
-        return recolour(sprite, rng) if self.train and not self.other_views(i) else sprite
+        if not self.train or self.other_views(i):
+            return sprite
+        if rng.uniform() < 0.4:
+            other = self.subjects[self.cutouts[rng.integers(len(self.cutouts))]]
+            sprite = fill_outline(sprite, cutout(other, self.size))
+        return recolour(sprite, rng)
 
     def background(self, rng, other_than=None, unnamed=False):
         """A photograph of --backgrounds, or one drawn by code; where no caption names it, also a plain
@@ -485,9 +489,10 @@ class Tasks:
         if rng.uniform() < anywhere:
             placement, size, place = free_placement(rng), None, None
         image, words, name = self.background(rng)
-        image, alone = compose(sprite, image, placement)
+        image, alone, mask = compose(sprite, image, placement)
         caption = write_caption(rng, subject.label, words, size, place)
-        return Sample(subject.label, caption, [], np.asarray(image)), np.asarray(alone), name
+        sample = Sample(subject.label, caption, [], np.asarray(image), np.asarray(mask))
+        return sample, np.asarray(alone), name
 
     def elsewhere(self, sprite, placement, other_than, rng):
         """A reference: the sprite on another background than the target's."""

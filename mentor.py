@@ -1,14 +1,15 @@
 r"""MENTOR in one file: a transformer that draws an image, patch by patch, from a prefix of text and images.
 
-    <bos> T h e _ d o g _ i n _ <boi> c1 ... cN <eoi> . \n a _ d o g ... <boi> | t1 t2 ... tN
-    \____ text as UTF-8 bytes, reference images as VQ codes, in the order of the prompt _____/ \ the picture /
+    <bos> T h e _ d o g _ i n _ <boi> c1 ... cN s1 ... sM <eoi> . \n a _ d o g ... <boi> | t1 t2 ... tN
+    \ text as UTF-8 bytes, reference images as VQ codes, in the order of the prompt ______/ \ the picture /
 
 One sequence, one causal transformer, one loss: cross-entropy on the picture's codes (arXiv 2507.09574,
-section 3). Each c and each t is one place in the sequence: a patch, named by a few codes, coarse to fine
-(tokenizer.py). Read on in the order in which data flows: configuration, tasks, sequence, attention, block,
-model, drawing.
+section 3). Each c, s and t is one place in the sequence: a patch, named by a few codes, coarse to fine
+(tokenizer.py); c is the reference as it is, s the same at two thirds. Read on in the order in which data
+flows: configuration, tasks, sequence, attention, block, model, drawing.
 """
 import copy
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,32 +27,33 @@ from tokenizer import BadInput, has_bf16, repeat
 class Config:
     image_size: int = 64        # pixels a side
     downsample: int = 8         # pixels a side of a patch
-    n_codebooks: int = 2        # codes that name a patch, coarse to fine
+    n_codebooks: int = 6        # codes that name a patch, coarse to fine
     codebook_size: int = 1024   # codes in each codebook
-    code_dim: int = 8           # numbers in a codebook vector
+    code_dim: int = 32          # numbers in a codebook vector
     channels: int = 80          # width of the tokenizer
     n_layer: int = 6
     n_head: int = 4
     n_embd: int = 256
-    block_size: int = 256       # longest sequence, in tokens: text bytes, references and picture together
+    block_size: int = 296       # longest sequence, in tokens: text bytes, references and picture together
+    reference_sizes: tuple = (1.0, 2 / 3)  # a reference enters as it is, and once more so much smaller
 
     @property
     def side(self):  # patches a side of an image
         return self.image_size // self.downsample
 
     @property
-    def n_codes(self):  # places an image takes in a sequence, one a patch: N, where a comment gives shapes
+    def n_codes(self):  # patches of an image, one place of a sequence each: N, where a comment gives shapes
         return self.side ** 2
 
 
 CONFIGS = {
-    "test": Config(image_size=32, codebook_size=64, channels=32, n_layer=2, n_head=2, n_embd=64,
-                   block_size=160),
+    "test": Config(image_size=32, n_codebooks=3, codebook_size=64, code_dim=8, channels=32, n_layer=2,
+                   n_head=2, n_embd=64, block_size=176),
     "cpu": Config(),
     "gpu": Config(image_size=128, codebook_size=4096, channels=128, n_layer=12, n_head=12, n_embd=768,
-                  block_size=640),
+                  block_size=784),
     "paper": Config(image_size=512, downsample=16, n_codebooks=1, codebook_size=16384, channels=256,
-                    n_layer=36, n_head=20, n_embd=1280, block_size=5 * 1024 + 512),
+                    n_layer=36, n_head=20, n_embd=1280, block_size=5 * 1024 + 512, reference_sizes=(1.0,)),
 }
 # 256 bytes, then: begin of sequence, begin and end of an image, padding, and CODE, a patch of an image. Which
 # codes the patch has stands beside its id, in its place (build_sequence).
@@ -68,14 +70,15 @@ class Task(NamedTuple):
     cfg_image: float    # the guidance that suits it, towards the reference
     cfg_text: float     # and towards the text: copying wants little, composing more
     needs_cutout: bool  # False: a picture without alpha or mask will do
+    n_sizes: int = 2    # of Config.reference_sizes, at which a reference enters: one where it keeps its own
 
 
 TASKS = {
     "text-to-image": Task("{caption}", 3.0, 3.0, needs_cutout=False),
-    "reconstruction": Task("The image is <image>\n{caption}", 1.0, 1.0, needs_cutout=False),
-    "segmentation": Task("The {label} in <image>.", 1.5, 1.5, needs_cutout=True),
+    "reconstruction": Task("The image is <image>\n{caption}", 1.0, 1.0, needs_cutout=False, n_sizes=1),
+    "segmentation": Task("The {label} in <image>.", 1.5, 1.5, needs_cutout=True, n_sizes=1),
     "recovery": Task("The {label} in <image>.\n{caption}", 2.0, 2.0, needs_cutout=True),
-    "subject-driven": Task("The {label} in <image>.\n{caption}", 3.0, 3.0, needs_cutout=True),
+    "subject-driven": Task("The {label} in <image>.\n{caption}", 3.0, 2.0, needs_cutout=True),
 }
 
 
@@ -96,19 +99,31 @@ def hide_condition(pieces, references, hide):
 # The sequence
 
 
+def reference_patches(config, n_sizes=None):
+    """Which patches of a reference enter: of the picture at each size, centred on its own canvas of N
+    patches, those that it fills -> their numbers, counted through all canvases, one size after the other."""
+    numbers = []
+    for i, size in enumerate(config.reference_sizes[:n_sizes]):
+        first, end = math.floor(config.side * (1 - size) / 2), math.ceil(config.side * (1 + size) / 2)
+        canvas = torch.arange(config.n_codes * i, config.n_codes * (i + 1)).view(config.side, config.side)
+        numbers.append(canvas[first:end, first:end].flatten())
+    return torch.cat(numbers)
+
+
 def build_sequence(config, pieces, references, target=None):
     """Texts with images between them -> one sequence.
 
-    pieces: strings. references: codes (N, n_codebooks), at most one behind each piece. target: the picture's
-    codes. -> ids (T,), places (T, 3 + n_codebooks). With a target the last N tokens are <boi> and all its
-    patches but the last: each predicts the codes of the next patch. Without one, the sequence ends with
-    <boi>, ready to draw. Raises BadInput if it does not fit the block, with the number of bytes that do.
+    pieces: strings. references: at most one behind each piece: its reference_patches' codes, (N or more,
+    n_codebooks). target: the picture's (N, n_codebooks). -> ids (T,), places (T, 3 + n_codebooks). With a
+    target the last N tokens are <boi> and all its patches but the last: each predicts the codes of the next
+    patch. Without one, the sequence ends with <boi>, ready to draw. Raises BadInput if it does not fit the
+    block, with the number of bytes that do.
 
     A place says where a token stands and, if it is a patch, what is there: (order, row, column, code, code,
-    ...). The first three turn one rotary axis each. All patches of an image share one order. A patch of a
-    reference stands at its own row and column, a token of the picture at those of the patch it is about to
-    PREDICT. So when the model asks "what is drawn here?", the same patch of a reference differs in the order
-    alone: copying is easy to learn.
+    ...). The first three turn one rotary axis each. All patches of an image, at one size, share one order. A
+    patch of a reference stands at its own row and column, a token of the picture at those of the patch it is
+    about to PREDICT. So when the model asks "what is drawn here?", the same patch of a reference differs in
+    the order alone: copying is easy to learn.
     """
     grid = [(row, column) for row in range(config.side) for column in range(config.side)]
     no_codes = (0,) * config.n_codebooks
@@ -119,11 +134,13 @@ def build_sequence(config, pieces, references, target=None):
             places.append((order, 0, 0, *no_codes))
             order += 1
         if i < len(references):
-            ids += [BOI] + [CODE] * config.n_codes + [EOI]
+            ids += [BOI] + [CODE] * len(references[i]) + [EOI]
             places.append((order, 0, 0, *no_codes))
-            places += [(order + 1, *patch, *codes) for patch, codes in zip(grid, references[i].tolist())]
-            places.append((order + 2, 0, 0, *no_codes))
-            order += 3
+            for number, codes in zip(reference_patches(config).tolist(), references[i].tolist()):
+                size, patch = divmod(number, config.n_codes)
+                places.append((order + 1 + size, *grid[patch], *codes))
+            places.append((order + 2 + size, 0, 0, *no_codes))
+            order += 3 + size
     room = config.block_size - (len(ids) + config.n_codes)
     if room < 0:
         n_bytes = len("".join(pieces).encode())
@@ -140,9 +157,7 @@ def build_sequence(config, pieces, references, target=None):
 def pad_sequences(sequences, multiple=1):
     """List of (ids, places) -> ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,), padded on the right.
     T is rounded up to a multiple of `multiple`: torch.compile compiles each length anew, so let it meet few.
-
-    Attention is causal, so nothing looks at the padding: no key mask, and no sample depends on its batch.
-    """
+    Attention is causal, so nothing looks at the padding: no key mask, and no sample depends on its batch."""
     lengths = torch.tensor([len(ids) for ids, _ in sequences])
     T = -(-int(lengths.max()) // multiple) * multiple
     ids = torch.stack([F.pad(ids, (0, T - len(ids)), value=PAD) for ids, _ in sequences])
@@ -160,7 +175,7 @@ def rms_norm(x):
     return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + 1e-6)
 
 
-def rotary_table(positions, head_dim, side):
+def rotary_table(positions, config):
     """positions (B, T, 3) -> cos, sin (B, 1, T, head_dim), as `rotate` takes them.
 
     Half of the pairs turn with the order, a quarter each with row and column. At position 0 that is cos 1 and
@@ -168,8 +183,8 @@ def rotary_table(positions, head_dim, side):
     and columns turn fast, from half a turn a patch to half a turn an image of `side` patches: neighbours must
     be told apart by a single step for a patch to be copied and not blurred.
     """
+    head_dim, side, angles = config.n_embd // config.n_head, config.side, []
     n_order, n_grid = head_dim // 4, head_dim // 8  # pairs that turn with the order; with row or column
-    angles = []
     for axis, n_pairs, fastest, base in ((0, n_order, 1.0, 10000), (1, n_grid, torch.pi, side),
                                          (2, n_grid, torch.pi, side)):
         frequency = fastest * base ** (-torch.arange(n_pairs, device=positions.device) / n_pairs)
@@ -236,10 +251,10 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, expansion):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.fc = nn.Linear(config.n_embd, expansion * config.n_embd, bias=False)
+        self.proj = nn.Linear(expansion * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
         return self.proj(F.relu(self.fc(x.to(self.fc.weight.dtype))).square())
@@ -249,7 +264,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attention = CausalSelfAttention(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, expansion=4)
 
     def forward(self, x, rotary, cache=None):
         x = x + self.attention(rms_norm(x), rotary, cache)
@@ -260,25 +275,25 @@ class Mentor(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.text_embedding = nn.Embedding(CODE, config.n_embd)  # bytes and specials
-        self.code_embedding = nn.Embedding(config.n_codebooks * config.codebook_size, config.n_embd)
-        self.code_proj = nn.Linear(config.code_dim, config.n_embd, bias=False)
+        levels, K, C = config.n_codebooks, config.codebook_size, config.n_embd
+        self.text_embedding = nn.Embedding(CODE, C)  # bytes and specials
+        self.code_embedding = nn.Parameter(torch.empty(levels, K, C))
+        self.code_proj = nn.Parameter(torch.empty(levels, config.code_dim, C))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.level_mlps = nn.ModuleList(MLP(config) for _ in range(config.n_codebooks - 1))
-        self.head_gain = nn.Parameter(torch.empty(config.n_codebooks))
-        codebooks = torch.zeros(config.n_codebooks, config.codebook_size, config.code_dim)
-        self.register_buffer("codebooks", codebooks)  # the tokenizer's
+        self.level_mlps = nn.ModuleList(MLP(config, expansion=2) for _ in range(levels - 1))
+        self.head_gain = nn.Parameter(torch.empty(levels))
+        self.register_buffer("codebooks", torch.zeros(levels, K, config.code_dim))  # the tokenizer's
         self.init_weights()
 
     def init_weights(self):
-        """embeddings normal .02; code_proj normal .04 (similar codes start similar); qkv and fc uniform with
-        variance 1 / n_embd; every proj zero (a block starts as the identity); gain 1.5; head_gain 8 /
-        n_embd: an untrained model hands its input on and would else be sure that the last code comes again;
-        so its loss is chance's."""
+        """text_embedding normal .02; code_embedding normal .1 and code_proj normal .2 (similar codes start
+        similar); qkv and fc uniform with variance 1 / n_embd; every proj zero (a block starts as the
+        identity); gain 1.5; head_gain 1.6 / n_embd: an untrained model hands its input on and would else be
+        sure that the last code comes again; so its loss is chance's."""
         nn.init.normal_(self.text_embedding.weight, std=0.02)
-        nn.init.normal_(self.code_embedding.weight, std=0.02)
-        nn.init.normal_(self.code_proj.weight, std=0.04)
-        nn.init.constant_(self.head_gain, 8 / self.config.n_embd)
+        nn.init.normal_(self.code_embedding, std=0.1)
+        nn.init.normal_(self.code_proj, std=0.2)
+        nn.init.constant_(self.head_gain, 1.6 / self.config.n_embd)
         bound = (3 / self.config.n_embd) ** 0.5
         for block in self.blocks:
             for matrix in block.attention.qkv:
@@ -291,10 +306,11 @@ class Mentor(nn.Module):
 
     def code_table(self):
         """A vector for every code (n_codebooks, codebook_size, n_embd): an embedding plus a projection of
-        what the code means to the tokenizer. A patch enters as the sum of its codes' vectors. The same
-        vectors are the head: what attention copies from a reference is at once the logit of that code."""
-        vectors = self.code_proj(self.codebooks.to(self.code_proj.weight.dtype))
-        return vectors + self.code_embedding.weight.view(vectors.shape)
+        what the code means to the tokenizer, at length 1: the coarse must not drown the fine. A patch enters
+        as the sum of its codes' vectors. The same vectors are the head: what attention copies from a
+        reference is at once the logit of that code."""
+        lengths = self.codebooks.norm(dim=-1).mean(-1).clamp_min(1e-6)  # (n_codebooks,)
+        return self.code_embedding + (self.codebooks / lengths[:, None, None]) @ self.code_proj
 
     def sum_codes(self, codes, table):
         """A patch's codes, or the coarser of them (..., n) -> the sum of their vectors (..., n_embd)"""
@@ -304,9 +320,6 @@ class Mentor(nn.Module):
         """ids (B, T), codes (B, T, n_codebooks) -> (B, T, n_embd): text by its id, patches by their codes."""
         text = self.text_embedding(ids.clamp_max(CODE - 1))
         return torch.where((ids == CODE)[..., None], self.sum_codes(codes, table), text)
-
-    def rotary(self, positions):
-        return rotary_table(positions, self.config.n_embd // self.config.n_head, self.config.side)
 
     def hidden(self, x, rotary, caches=None):
         """Embedded tokens, their rotary table -> the last block's output, normalised (B, T, n_embd)."""
@@ -325,28 +338,26 @@ class Mentor(nn.Module):
         return F.linear(x.to(table.dtype), table[level]).float() * self.head_gain[level]
 
     def forward(self, ids, places, lengths, target):
-        """A sequence's loss: cross-entropy on the picture's codes, and only there are the heads computed.
-
-        ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,) without padding, target (B, N, n_codebooks)
-        -> (B,), nats a patch: the sum over its codes.
-        """
+        """Cross-entropy of each of the picture's codes, in nats; only for them are the heads computed. ids
+        (B, T), places (B, T, 3 + n_codebooks), lengths (B,) without padding, target and result (B, N,
+        n_codebooks)."""
         table = self.code_table()
         x = self.embed(ids, places[..., 3:], table)  # (B, T, n_embd)
-        x = self.hidden(x, self.rotary(places[..., :3]))
+        x = self.hidden(x, rotary_table(places[..., :3], self.config))
         N = target.shape[1]
         last = lengths[:, None] - N + torch.arange(N, device=ids.device)  # (B, N): they predict the picture
         x = x.gather(1, last[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)  # (B * N, n_embd)
-        loss, codes = 0.0, target.flatten(0, 1)  # (B * N, n_codebooks)
+        nats, codes = [], target.flatten(0, 1)  # (B * N, n_codebooks)
         for level in range(self.config.n_codebooks):
             logits = self.logits(x, codes[:, :level], table)  # (B * N, codebook_size)
-            loss = loss + F.cross_entropy(logits, codes[:, level], reduction="none")
-        return loss.view(-1, N).mean(1)
+            nats.append(F.cross_entropy(logits, codes[:, level], reduction="none"))
+        return torch.stack(nats, -1).view(target.shape)
 
 
 # -----------------------------------------------------------------------------------------------------------
 # Drawing with guidance
 
-TEMPERATURE = 0.6
+TEMPERATURES = (0.3, 0.2, 0.15, 0.1, 0.05, 0.02)  # one a codebook: the finer, the cooler
 GROUP_SIZE = 8  # pictures side by side: more would share more of the prompt, but compute more that is masked
 
 
@@ -364,12 +375,8 @@ def drawing_copy(model, exact=False):
 
 
 def guidance_branches(pieces, references, cfg_image, cfg_text):
-    """logits = null + cfg_image (image only - null) + cfg_text (full - image only), written as a weighted
-    sum.
-
-    -> [(weight, pieces, references)] without what weighs nothing: guidance of 1 is the conditional model
-    alone.
-    """
+    """logits = null + cfg_image (image only - null) + cfg_text (full - image only), as a weighted sum -> list
+    of (weight, pieces, references), without what weighs nothing: guidance of 1 is the conditional model."""
     branches = [(cfg_text, pieces, references),
                 (cfg_image - cfg_text, *hide_condition(pieces, references, "text")),
                 (1 - cfg_image, *hide_condition(pieces, references, "all"))]
@@ -377,12 +384,8 @@ def guidance_branches(pieces, references, cfg_image, cfg_text):
 
 
 def draw_codes(logits, uniform, temperature, top_k):
-    """Draws a code a row by one number from [0, 1) each: the first code up to which the probabilities add up
-    to it.
-
-    logits (B, codebook_size), uniform (B,) -> (B,). Temperature 0 takes the likeliest; top_k 0 draws from
-    all.
-    """
+    """Draws a code a row by one number from [0, 1) each: the first up to which probabilities add up to it.
+    logits (B, codebook_size), uniform (B,) -> (B,). Temperature 0 takes the likeliest, top_k 0 all."""
     if temperature == 0:
         return logits.argmax(-1)
     if top_k:
@@ -394,19 +397,15 @@ def draw_codes(logits, uniform, temperature, top_k):
 
 
 class Drawing:
-    """The pictures of one `generate` while they are drawn.
+    """The pictures of one `generate` while they are drawn. The G of a group are G query tokens of a row:
+    after the prompt that they share, each sees its own patches alone. Rows go prompt by prompt, guidance
+    branch by branch, group by group. All that a step reads or writes is allocated before and changed in
+    place, and no step brings a number to Python: so a CUDA graph or torch.compile can take it."""
 
-    The G pictures of a group are G query tokens of a row: after the prompt that they share, each
-    sees its own patches alone. Rows go prompt by prompt, guidance branch by branch, group by group. All that
-    a step reads or writes is allocated before and changed in place, and no step brings a number to Python: so
-    a CUDA graph can replay it, and torch.compile can take it.
-    """
-
-    def __init__(self, model, prompts, n, seed, temperature, top_k, cfg_image, cfg_text, exact=False):
-        config, device = model.config, model.head_gain.device
+    def __init__(self, model, prompts, n, seed, temperatures, top_k, cfg_image, cfg_text, exact=False):
+        config, device, levels = model.config, model.head_gain.device, model.config.n_codebooks
         self.model, self.top_k = drawing_copy(model, exact), top_k
-        levels = config.n_codebooks
-        self.temperatures = temperature if isinstance(temperature, list) else [temperature] * levels
+        self.temperatures = temperatures[:levels]
         n_groups = -(-n // GROUP_SIZE)
         self.G = -(-n // n_groups)
         self.n_drawn = n_groups * self.G  # pictures of a prompt: n, and a few that fill the groups
@@ -428,21 +427,22 @@ class Drawing:
         model, config, device, N = self.model, self.model.config, ids.device, self.model.config.n_codes
         (B, T), last = ids.shape, (torch.arange(len(ids), device=device), lengths - 1)
         S = T + self.G * N  # slots: the prompt, then N for each picture of the group
-        self.table = model.code_table().to(model.code_proj.weight.dtype)
+        self.table = model.code_table().to(model.blocks[0].mlp.fc.weight.dtype)
         dtype = torch.float32 if device.type == "cpu" else self.table.dtype  # a CPU attends faster in fp32
         keys, values = torch.zeros(2, config.n_layer, B, config.n_head, S, config.n_embd // config.n_head,
                                    dtype=dtype, device=device)
         causal = torch.full((T, S), -torch.inf, dtype=dtype, device=device).triu(1)
         caches = [KVCache(k, v, torch.arange(T, device=device), causal) for k, v in zip(keys, values)]
         x = model.embed(ids, places[..., 3:], self.table)
-        x = model.hidden(x, model.rotary(places[..., :3]), caches)[last]  # (B, n_embd)
+        x = model.hidden(x, rotary_table(places[..., :3], config), caches)[last]  # (B, n_embd)
 
         # From here on a row is a group of pictures in a branch.
         self.x = x.repeat_interleave(n_groups * self.G, 0)  # (rows * G, n_embd): what predicts the next patch
         grid = torch.cartesian_prod(*[torch.arange(config.side, device=device)] * 2)  # (N, 2)
         order = places[last][:, None, :1].expand(-1, N, -1)  # (B, N, 1)
         positions = torch.cat((order, grid.expand(B, -1, -1)), 2)  # (B, N, 3)
-        self.rotary = model.rotary(positions.repeat_interleave(n_groups, 0))  # (rows, 1, N, head_dim) each
+        positions = positions.repeat_interleave(n_groups, 0)  # (rows, N, 3)
+        self.rotary = rotary_table(positions, config)  # (rows, 1, N, head_dim) each
         self.slots = T + N * torch.arange(self.G, device=device)
         unseen = torch.arange(S, device=device) >= lengths[:, None]  # (B, S)
         mask = torch.zeros(B, S, dtype=dtype, device=device).masked_fill(unseen, -torch.inf)
@@ -485,15 +485,15 @@ class Drawing:
 
 
 @torch.inference_mode()
-def generate(model, prompts, n=1, seed=0, temperature=TEMPERATURE, top_k=0, cfg_image=1.0, cfg_text=1.0,
+def generate(model, prompts, n=1, seed=0, temperatures=TEMPERATURES, top_k=0, cfg_image=1.0, cfg_text=1.0,
              exact=False):
     """Draws n pictures of each prompt -> codes (len(prompts) * n, N, n_codebooks).
 
-    prompts: list of (pieces, references), as build_sequence takes them. temperature: a number, or a list of
-    one a codebook. Row i of the result uses the random numbers of seed + i, whatever is drawn beside it.
-    exact: in fp32, where that makes it the same picture; in bf16 rounding may turn it into another.
+    prompts: list of (pieces, references), as build_sequence takes them. temperatures: one a codebook. Row i
+    of the result uses the random numbers of seed + i, whatever is drawn beside it. exact: in fp32, where that
+    makes it the same picture; in bf16 rounding may turn it into another.
     """
-    drawing = Drawing(model, prompts, n, seed, temperature, top_k, cfg_image, cfg_text, exact)
+    drawing = Drawing(model, prompts, n, seed, temperatures, top_k, cfg_image, cfg_text, exact)
     drawing.draw_patch()
     repeat(drawing.step, model.config.n_codes - 1, drawing.codes.device)
     return drawing.codes.unflatten(0, (len(prompts), -1))[:, :n].flatten(0, 1)

@@ -22,18 +22,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 
 from data import IMAGE_ENDINGS, clean_label, clean_text
-from mentor import (TASKS, TEMPERATURE, Config, Mentor, build_sequence, fill_prompt, generate, hide_condition,
-                    pad_sequences)
+from mentor import (TASKS, TEMPERATURES, Config, Mentor, build_sequence, fill_prompt, generate,
+                    hide_condition, pad_sequences, reference_patches)
 from tokenizer import (BadInput, Tokenizer, autocast, from_bytes, open_square, quality, save_sheet, to_arrays,
                        to_images, whole_file)
 
 # -----------------------------------------------------------------------------------------------------------
 # From a prompt to pictures
 
-VERSION = 3  # of the checkpoints: raised whenever older ones no longer fit
+VERSION = 4  # of the checkpoints: raised whenever older ones no longer fit
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "cpu.pt")
 
 
@@ -89,14 +90,29 @@ def load_models(path, device):
     return model.to(device).eval(), tokenizer.to(device).eval()
 
 
+def at_sizes(config, task, picture):
+    """A reference, uint8 (H, W, 3), as it enters in this task -> a picture a size: shrunk towards the middle,
+    its edges continued."""
+    pictures = []
+    for size in config.reference_sizes[:TASKS[task].n_sizes]:
+        margin = round(len(picture) * (1 / size - 1) / 2)
+        wider = np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
+        shrunk = Image.fromarray(wider).resize(picture.shape[:2], Image.Resampling.BICUBIC)
+        pictures.append(np.asarray(shrunk))
+    return pictures
+
+
 @torch.no_grad()
-def draw(model, tokenizer, prompts, **how):
+def draw(model, tokenizer, task, prompts, **how):
     """prompts: list of (pieces, references), the texts around the references and the references, uint8 (H, W,
     3). how: as mentor.generate takes it -> uint8 (len(prompts) * n, H, W, 3). Raises BadInput where a text is
     too long."""
-    device = model.head_gain.device
-    encoded = [(pieces, tokenizer.encode(to_images(references, device)).cpu() if references else [])
-               for pieces, references in prompts]
+    def encode(reference):  # -> codes (N or more, n_codebooks)
+        pictures = at_sizes(model.config, task, reference)
+        codes = tokenizer.encode(to_images(pictures, model.head_gain.device))  # (sizes, N, n_codebooks)
+        return codes.flatten(0, 1)[reference_patches(model.config, len(pictures))]
+
+    encoded = [(pieces, [encode(reference) for reference in references]) for pieces, references in prompts]
     return to_arrays(tokenizer.decode(generate(model, encoded, **how)))
 
 
@@ -110,35 +126,41 @@ class Batch(NamedTuple):
     ids: torch.Tensor       # (B, T)
     places: torch.Tensor    # (B, T, 4): for its codes, a patch's number among all patches of the pictures
     lengths: torch.Tensor   # (B,)
+    coverage: torch.Tensor  # (B, N): how much of each patch of the target the subject covers, 0 to 1
 
 
 def collate(config, size, samples):
     """Samples, sorted by length and split -> list of Batch, `size` rows each: short sequences are not padded
     to the longest. The batches are of equal size, so the mean of their losses is the loss of all samples."""
     prompts = [hide_condition(fill_prompt(s.task, s.label, s.caption), s.references, s.hide) for s in samples]
-    rows = [(pieces, references, s.target) for s, (pieces, references) in zip(samples, prompts)]
+    rows = [(pieces, [at_sizes(config, s.task, reference) for reference in references], s)
+            for s, (pieces, references) in zip(samples, prompts)]
     rows.sort(key=lambda row: (len(row[1]), len("".join(row[0]).encode())))
     return [lay_out(config, rows[i:i + size]) for i in range(0, len(rows), size)]
 
 
 def lay_out(config, rows):
-    """rows: list of (pieces, references, target), pictures uint8 (H, W, 3) -> Batch"""
+    """rows: list of (pieces, references, sample), a reference being a picture a size, uint8 (H, W, 3) ->
+    Batch"""
     numbered = dataclasses.replace(config, n_codebooks=1)  # a patch has its number now, its codes later
-    pictures, sequences = [target for _, _, target in rows], []
+    N, pictures, sequences = config.n_codes, [sample.target for _, _, sample in rows], []
     for i, (pieces, references, _) in enumerate(rows):
-        shown = [i, *range(len(pictures), len(pictures) + len(references))]  # the target, the references
-        target, *numbers = [config.n_codes * k + torch.arange(config.n_codes)[:, None] for k in shown]
-        sequences.append(build_sequence(numbered, pieces, numbers, target))
-        pictures += references
+        numbers = []
+        for sizes in references:
+            numbers.append(N * len(pictures) + reference_patches(config, len(sizes))[:, None])
+            pictures += sizes
+        sequences.append(build_sequence(numbered, pieces, numbers, N * i + torch.arange(N)[:, None]))
+    masks = torch.from_numpy(np.stack([sample.mask for _, _, sample in rows]))  # (B, H, W)
+    coverage = F.avg_pool2d(masks[:, None].float(), config.downsample).flatten(1) / 255
     # Compiled once for each length that occurs, so only multiples of 32 do.
-    return Batch(torch.from_numpy(np.stack(pictures)), *pad_sequences(sequences, multiple=32))
+    return Batch(torch.from_numpy(np.stack(pictures)), *pad_sequences(sequences, multiple=32), coverage)
 
 
 @torch.no_grad()
 def fill_codes(tokenizer, batch, device):
     """A Batch -> what Mentor.forward takes: ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,), target
     codes (B, N, n_codebooks)."""
-    pictures, ids, places, lengths = (x.to(device, non_blocking=True) for x in batch)
+    pictures, ids, places, lengths = (x.to(device, non_blocking=True) for x in batch[:4])
     codes = tokenizer.encode(from_bytes(pictures))  # (n, N, n_codebooks)
     numbers = places[..., 3]  # (B, T); at a byte of text 0, whose codes are never looked at
     return ids, torch.cat((places[..., :3], codes.flatten(0, 1)[numbers]), -1), lengths, codes[:len(ids)]
@@ -153,30 +175,38 @@ def stack_pictures(samples):
 # Looking at what a model has learnt
 
 
+SUBJECT_PATCH = 0.6  # "on the subject": on the patches of which it covers more than this
+
+
 @torch.no_grad()
 def held_out_losses(model, tokenizer, datasets, n, device):
     """Cross-entropy per task in nats a patch, and two gains: how much worse the model does with the next
     sample's reference, or text, in place of its own. A gain of 0 means that it does not look. They are taken
-    on the subject-driven task, in stage 1 on segmentation, and left out where a mix has neither."""
+    on the subject-driven task, in stage 1 on segmentation, and left out where a mix has neither; there, too,
+    the loss on the subject and its reference gain, a number a codebook: the mean is mostly background."""
     losses, looked_at = {}, "subject-driven" if "subject-driven" in datasets else "segmentation"
 
-    def mean_loss(samples):
-        total = 0.0
+    def mean_losses(samples):  # -> of all patches, the sum over their codes; on the subject (n_codebooks,)
+        nats, covered = [], []
         for batch in collate(model.config, 16, [sample._replace(hide="") for sample in samples]):
             with autocast(device):
-                total += model(*fill_codes(tokenizer, batch, device)).sum().item()
-        return total / len(samples)
+                nats.append(model(*fill_codes(tokenizer, batch, device)).cpu())  # (B, N, n_codebooks)
+            covered.append(batch.coverage > SUBJECT_PATCH)
+        nats, covered = torch.cat(nats), torch.cat(covered)
+        return nats.sum(-1).mean().item(), nats[covered].mean(0)
 
     for task, dataset in datasets.items():
         samples = [dataset[i] for i in range(n)]
-        losses[task] = mean_loss(samples)
+        losses[task], on_subject = mean_losses(samples)
         if task == looked_at:
             pairs = list(zip(samples, samples[1:] + samples[:1]))
-            other_reference = [a._replace(references=b.references) for a, b in pairs]
-            other_text = [a._replace(label=b.label, caption=b.caption) for a, b in pairs]
-            losses["reference gain"] = mean_loss(other_reference) - losses[task]
-            losses["prompt gain"] = mean_loss(other_text) - losses[task]
-    return {name: round(value, 4) for name, value in losses.items()}
+            other_reference, blind = mean_losses([a._replace(references=b.references) for a, b in pairs])
+            other_text, _ = mean_losses([a._replace(label=b.label, caption=b.caption) for a, b in pairs])
+            losses["reference gain"] = other_reference - losses[task]
+            losses["prompt gain"] = other_text - losses[task]
+            losses["on the subject"] = on_subject.tolist()
+            losses["its reference gain"] = (blind - on_subject).tolist()
+    return {name: np.round(value, 4).tolist() for name, value in losses.items()}
 
 
 def evaluate(model, tokenizer, held_out, sheet):
@@ -198,7 +228,7 @@ def draw_samples(model, tokenizer, samples, path):
     for task, row in samples.items():
         prompts = [(fill_prompt(task, s.label, s.caption), s.references) for s in row]
         guidance = {"cfg_image": TASKS[task].cfg_image, "cfg_text": TASKS[task].cfg_text}
-        rows[task] = row, draw(model, tokenizer, prompts, **guidance)
+        rows[task] = row, draw(model, tokenizer, task, prompts, **guidance)
     save_samples(rows, path)
 
 
@@ -351,8 +381,9 @@ def parse_args():
     parser.add_argument("-o", "--output", default="sample.png",
                         help="a .png, several pictures as a grid, or a folder (default: sample.png)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="picture i is drawn with seed + i")
-    parser.add_argument("--temperature", type=from_zero, nargs="+", default=[TEMPERATURE],
-                        help=f"0 takes the likeliest codes (default: {TEMPERATURE}); or one a codebook")
+    parser.add_argument("--temperature", type=from_zero, nargs="+", default=TEMPERATURES,
+                        help="0 takes the likeliest codes; a number, or one a codebook (default: "
+                             f"{' '.join(map(str, TEMPERATURES))})")
     parser.add_argument("--top-k", type=at_least(0), default=0, help="draw from the k likeliest (0: all)")
     parser.add_argument("--cfg", type=from_zero, help="guidance, for image and text (default: the task's)")
     parser.add_argument("--cfg-image", type=from_zero, help="how closely to follow the reference")
@@ -375,9 +406,9 @@ def main():
     path = args.ckpt or (trained if os.path.exists(trained) else SHIPPED)
     model, tokenizer = load_models(path, torch.device(args.device))
     levels = model.config.n_codebooks
-    if len(args.temperature) not in (1, levels):
+    temperatures = args.temperature * levels if len(args.temperature) == 1 else args.temperature
+    if args.temperature is not TEMPERATURES and len(temperatures) != levels:
         raise BadInput(f"--temperature: give one number, or {levels}, one for each codebook of {path}")
-    temperature = args.temperature if len(args.temperature) > 1 else args.temperature[0]
     cfg_image, cfg_text = TASKS[task].cfg_image, TASKS[task].cfg_text
     if args.cfg is not None:
         cfg_image = cfg_text = args.cfg
@@ -386,8 +417,9 @@ def main():
     references = [np.asarray(open_square(args.ref, model.config.image_size))] if args.ref else []
     prompt = fill_prompt(task, clean_label(args.label), clean_text(args.prompt))  # as words were in training
     started = time.time()
-    pictures = draw(model, tokenizer, [(prompt, references)], n=args.n, seed=args.seed, top_k=args.top_k,
-                    temperature=temperature, cfg_image=cfg_image, cfg_text=cfg_text, exact=True)
+    pictures = draw(model, tokenizer, task, [(prompt, references)], n=args.n, seed=args.seed,
+                    top_k=args.top_k, temperatures=temperatures, cfg_image=cfg_image, cfg_text=cfg_text,
+                    exact=True)
     seconds = (time.time() - started) / args.n
 
     as_grid = args.output.lower().endswith(".png") and args.n > 1

@@ -4,13 +4,13 @@ codes and back.
     images (B, 3, H, W) in [-1, 1]  --encode-->  codes (B, N, n_codebooks)  --decode-->  images
     N = (H / downsample)^2 patches, row by row; a patch has one code from each codebook, coarse to fine
 
-The tokenizer is a convolutional encoder, a residual quantiser, a convolutional decoder. The encoder gives a
-unit vector per patch (LlamaGen, arXiv 2406.06525: dimension 8, l2-normalised). Residual quantisation names it
-step by step: the first codebook takes its nearest vector, each further codebook the nearest to what the
-coarser ones leave; their sum stands for the patch. The first layer already sees patches of downsample / 2
-pixels, and the decoder ends with them: convolutions at full resolution would cost most of the time on a small
-machine. Normalisation is per position, never over the image, so that a subject that moves by whole patches
-keeps its codes.
+The tokenizer is an encoder, a residual quantiser, a convolutional decoder. The encoder gives a unit vector
+per patch (l2-normalised, as in LlamaGen, arXiv 2406.06525). Residual quantisation names it step by step: the
+first codebook takes its nearest vector, each further codebook the nearest to what the coarser ones leave;
+their sum stands for the patch. The encoder sees each patch alone, so that a subject that moves by whole
+patches keeps its codes whatever is behind it: drawing it elsewhere begins as copying. The decoder does look
+at the neighbours, and so hides the seams. It ends with patches of downsample / 2 pixels: convolutions at full
+resolution would cost most of the time on a small machine.
 """
 import contextlib
 import functools
@@ -49,6 +49,19 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 def peak_flops(device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+
+
+def share_of_peak(model, lengths, seconds):
+    """What share of the hardware's peak training a transformer (mentor.Mentor) was, on sequences of these
+    lengths (a list of (B,)) in as many seconds; None where the peak is not known. Counted are 6 operations a
+    weight and token, and 6 n_embd a layer and pair of tokens."""
+    peak = peak_flops(model.head_gain.device)
+    if peak is None:
+        return None
+    lengths, config = torch.cat(lengths).double(), model.config
+    n_weights = sum(parameter.numel() for parameter in model.blocks.parameters())
+    pairs = config.n_layer * config.n_embd * lengths.pow(2).sum().item()
+    return 6 * (n_weights * lengths.sum().item() + pairs) / seconds / peak
 
 
 def can_compile(device):
@@ -246,18 +259,19 @@ def save_sheet(rows, path):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(norm(x)))), 3 x 3; starts as the identity.
+    """x + conv(silu(conv(norm(x)))); starts as the identity.
 
-    The weights are parameters of two dimensions, (channels, 3 * 3 * channels), and not an nn.Conv2d's of
-    four: the optimizer of train.py, Muon, trains a layer as the matrix that it is, and torch's takes no other
-    shape.
+    The weights are parameters of two dimensions, (channels, kernel_size^2 * channels), and not an
+    nn.Conv2d's of four: the optimizer of train.py, Muon, trains a layer as the matrix that it is, and torch's
+    takes no other shape.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels, kernel_size=3):
         super().__init__()
-        bound = (9 * channels) ** -0.5
-        self.conv1 = nn.Parameter(torch.empty(channels, 9 * channels).uniform_(-bound, bound))
-        self.conv2 = nn.Parameter(torch.zeros(channels, 9 * channels))
+        self.kernel_size, n_inputs = kernel_size, kernel_size ** 2 * channels
+        bound = n_inputs ** -0.5
+        self.conv1 = nn.Parameter(torch.empty(channels, n_inputs).uniform_(-bound, bound))
+        self.conv2 = nn.Parameter(torch.zeros(channels, n_inputs))
         self.bias1 = nn.Parameter(torch.zeros(channels))
         self.bias2 = nn.Parameter(torch.zeros(channels))
 
@@ -266,11 +280,10 @@ class ResidualBlock(nn.Module):
         y = F.silu(self.conv(y, self.conv1, self.bias1))
         return x + self.conv(y, self.conv2, self.bias2)
 
-    @staticmethod
-    def conv(x, matrix, bias):
-        C = x.shape[1]
-        kernel = matrix.view(C, 3, 3, C).permute(0, 3, 1, 2)  # (C out, C in, 3, 3)
-        return F.conv2d(x, kernel, bias, padding=1)
+    def conv(self, x, matrix, bias):
+        C, k = x.shape[1], self.kernel_size
+        kernel = matrix.view(C, k, k, C).permute(0, 3, 1, 2)  # (C out, C in, k, k)
+        return F.conv2d(x, kernel, bias, padding=k // 2)
 
 
 def nearest(vectors, codebook):
@@ -285,19 +298,16 @@ def nearest(vectors, codebook):
 class Tokenizer(nn.Module):
     def __init__(self, config):
         """config: mentor.Config, of which it takes downsample, n_codebooks, codebook_size, code_dim and
-        channels (the width of the networks at patches of downsample / 2; twice as wide where the codes are).
-
-        The decoder is twice as deep as the encoder: naming a patch is easier than drawing it.
-        """
+        channels (the decoder's width at patches of downsample / 2; twice that where the codes are, and four
+        times in the encoder, which costs little: its layers see one position each)."""
         super().__init__()
         code_dim, channels = config.code_dim, config.channels
-        stem, wide = config.downsample // 2, 2 * channels
+        patch, stem, wide = config.downsample, config.downsample // 2, 2 * channels
         self.encoder = nn.Sequential(                       # (B, 3, H, W)
-            nn.Conv2d(3, channels, stem, stride=stem),      # (B, channels, 2h, 2w), h = H / downsample
-            ResidualBlock(channels),
-            nn.Conv2d(channels, wide, 2, stride=2),         # (B, 2 channels, h, w)
-            ResidualBlock(wide),
-            nn.Conv2d(wide, code_dim, 1),                   # (B, code_dim, h, w)
+            nn.Conv2d(3, 2 * wide, patch, stride=patch),    # (B, 4 channels, h, w), h = H / downsample
+            ResidualBlock(2 * wide, kernel_size=1),
+            ResidualBlock(2 * wide, kernel_size=1),
+            nn.Conv2d(2 * wide, code_dim, 1),               # (B, code_dim, h, w)
         )
         self.decoder = nn.Sequential(                       # (B, code_dim, h, w)
             nn.Conv2d(code_dim, wide, 3, padding=1),        # (B, 2 channels, h, w)

@@ -68,10 +68,10 @@ def make_cases(subjects, n, image_size, seed):
         subject, sprite = subjects[order[i % len(order)]], cutout(subjects[order[i % len(order)]])
         here, there, anywhere = rng.choice(list(BACKGROUNDS), 3, replace=False)
         size, place = LOOKS[rng.integers(len(LOOKS))]
-        reference, _ = compose(sprite, draw_background(there, image_size, rng), AS_GIVEN)
-        target, _ = compose(sprite, draw_background(here, image_size, rng), data.named_placement(size, place))
+        reference = compose(sprite, draw_background(there, image_size, rng), AS_GIVEN)[0]
+        target = compose(sprite, draw_background(here, image_size, rng), data.named_placement(size, place))[0]
         free = data.free_placement(rng)
-        scene, alone = compose(sprite, draw_background(anywhere, image_size, rng), free)
+        scene, alone, _ = compose(sprite, draw_background(anywhere, image_size, rng), free)
         pictures = map(np.asarray, (reference, target, scene, alone))
         caption = data.write_caption(rng, subject.label, here, size, place)
         cases.append(
@@ -259,7 +259,15 @@ def draw_cases(model, tokenizer, task, cases, references, seed, guidance):
     cfg_image, cfg_text = guidance or (TASKS[task].cfg_image, TASKS[task].cfg_text)
     return np.concatenate(
         [
-            draw(model, tokenizer, prompts[i : i + 50], seed=seed + i, cfg_image=cfg_image, cfg_text=cfg_text)
+            draw(
+                model,
+                tokenizer,
+                task,
+                prompts[i : i + 50],
+                seed=seed + i,
+                cfg_image=cfg_image,
+                cfg_text=cfg_text,
+            )
             for i in range(0, len(prompts), 50)
         ]
     )

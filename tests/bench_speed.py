@@ -23,10 +23,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-from mentor import CONFIGS, TASKS, Mentor, fill_prompt, generate
+from mentor import CONFIGS, TASKS, Mentor, fill_prompt, generate, reference_patches
 from sample import Parser, add_device_flag, collate, fill_codes, run_script
-from tokenizer import Tokenizer, can_compile, has_bf16, peak_flops
-from train import MIXES, SCHEDULES, Run, make_optimizers, make_plan, parallel, share_of_peak, train_step
+from tokenizer import Tokenizer, can_compile, has_bf16, peak_flops, share_of_peak
+from train import MIXES, SCHEDULES, Run, make_optimizers, make_plan, parallel, train_step
 
 
 def fastest(action, device, times=5):
@@ -103,7 +103,7 @@ def main():
     batch = collate(
         config, size, sorted((dataset[i] for i in range(4 * size)), key=lambda s: len(s.references))
     )[-1]
-    inputs = fill_codes(tokenizer, batch, device)
+    inputs, coverage = fill_codes(tokenizer, batch, device), batch.coverage.to(device)
     seconds = fastest(lambda: fill_codes(tokenizer, batch, device), device)
     row(f"encode {len(batch.pictures)} pictures", f"{1000 * seconds:.1f} ms")
 
@@ -119,8 +119,8 @@ def main():
     shape = " x ".join(map(str, inputs[0].shape))
     for compiled in (False, True)[: 1 + can_compile(device)]:
         net = parallel(model, device, compiled)
-        seconds = fastest(lambda: train_step(run, net, [inputs], 1e-5), device)
-        share = share_of_peak(run, [batch.lengths], seconds)
+        seconds = fastest(lambda: train_step(run, net, [(inputs, coverage)], 1e-5), device)
+        share = share_of_peak(model, [batch.lengths], seconds)
         words = "" if share is None else f", {share:.0%} of {peak_flops(device) / 1e12:.0f} TFLOP/s"
         row(
             f"training step on {shape} tokens, {'compiled' if compiled else 'eager'}",
@@ -128,7 +128,8 @@ def main():
         )
 
     model.eval()
-    task, reference = TASKS["subject-driven"], inputs[3][0].cpu()
+    task, n_patches = TASKS["subject-driven"], len(reference_patches(config))
+    reference = torch.randint(config.codebook_size, (n_patches, config.n_codebooks))
     prompt = (fill_prompt("subject-driven", "dog", "a small dog on the beach, on the left"), [reference])
     for n in (1, 8, 32):
         seconds = fastest(

@@ -118,7 +118,7 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         ((*good, "--ckpt", trained / "tokenizer.pt"), "the tokenizer alone"),
         ((*good, "-n", "0"), "not a whole number from 1 up"),
         ((*good, "--temperature", "-1"), "must be a number from 0 up"),
-        ((*good, "--temperature", ".6", ".5", ".4"), "give one number, or 2"),
+        ((*good, "--temperature", ".6", ".5"), "give one number, or 3"),
         ((*good, "--cfg", "nan"), "must be a number from 0 up"),
         ((*good, "--seed", "-1"), "not a whole number from 0 up"),
         ((*good, "--seed", "9" * 20), "not a whole number from 0 up"),

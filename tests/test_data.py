@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 from conftest import SHAPES, sprite, tasks
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
 import data
@@ -87,7 +87,7 @@ def test_no_halo_of_the_old_background(tmp_path):
     """The hidden pixels of the cut-out are green; no green may come through its soft edge, at any scale."""
     subject = Subject("x", "x", "file", str(sprite(tmp_path / "disc.png", (200, 30, 30))))
     for side in (0.4, 0.5, 0.9):
-        scene, alone = compose(
+        scene, alone, _ = compose(
             cutout(subject), Image.new("RGB", (64, 64), (30, 30, 200)), Placement(side, 0.3, 0.6)
         )
         for image in (np.asarray(scene), np.asarray(alone)):
@@ -103,6 +103,33 @@ def test_recovery_shows_the_subject_distorted_elsewhere_and_wants_the_scene_of_t
         assert recovery.caption == driven.caption and np.array_equal(recovery.target, driven.target)
         differs += not np.array_equal(recovery.references[0], driven.references[0])
     assert differs == len(distorted) == 30
+
+
+def test_an_outline_filled_with_another_subjects_pixels():
+    red, tall = Image.new("RGBA", (20, 20), (200, 30, 30, 255)), Image.new("RGBA", (10, 40))
+    tall.paste((30, 30, 200, 255), (0, 20, 10, 40))  # the lower half is blue, the upper clear
+    disc = Image.new("RGBA", (64, 64))
+    ImageDraw.Draw(disc).ellipse((8, 8, 56, 56), fill=(30, 200, 30, 255))
+    for other, colour in ((red, (200, 30, 30)), (tall, (30, 30, 200))):
+        filled = np.asarray(data.fill_outline(disc, other))
+        assert np.array_equal(filled[..., 3], np.asarray(disc)[..., 3])
+        assert np.abs(filled[..., :3].astype(int) - colour).mean() < 3  # its mean where it does not reach
+
+
+def test_only_training_fills_outlines_and_only_where_no_view_shows_the_subject(monkeypatch):
+    filled, fill_outline = [], data.fill_outline
+    monkeypatch.setattr(data, "fill_outline", lambda *how: filled.append(True) or fill_outline(*how))
+    for i in range(50):
+        tasks("subject-driven", train=False)[i]
+    assert not filled
+    for i in range(200):
+        tasks("subject-driven")[i]
+    assert 50 < len(filled) < 110  # two in five
+    monkeypatch.setattr(Tasks, "other_views", lambda self, i: [i])
+    filled.clear()
+    for i in range(50):
+        tasks("subject-driven")[i]
+    assert not filled
 
 
 def test_distortion_keeps_the_subject_in_sight():

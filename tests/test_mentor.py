@@ -26,6 +26,7 @@ from mentor import (
     guidance_branches,
     hide_condition,
     pad_sequences,
+    reference_patches,
     rotary_table,
 )
 from sample import collate, fill_codes, load_checkpoint
@@ -34,6 +35,7 @@ from train import MIXES
 
 CONFIG = CONFIGS["test"]
 N = CONFIG.n_codes
+COLD = (0,) * CONFIG.n_codebooks
 
 
 @pytest.fixture(autouse=True)
@@ -42,16 +44,16 @@ def fp32(monkeypatch):
     monkeypatch.setattr(mentor, "has_bf16", lambda device: False)
 
 
-def random_codes(seed=0, n_codebooks=2):
+def random_codes(seed=0, n_codebooks=CONFIG.n_codebooks, n=N):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(CONFIG.codebook_size, (N, n_codebooks), generator=generator)
+    return torch.randint(CONFIG.codebook_size, (n, n_codebooks), generator=generator)
 
 
 def outputs(model, pieces, references=(), target=None):
     """The last block's output at every token (T, n_embd)"""
     ids, places = build_sequence(model.config, pieces, references, target)
     x = model.embed(ids[None], places[None, :, 3:], model.code_table())
-    return model.hidden(x, model.rotary(places[None, :, :3]))[0]
+    return model.hidden(x, rotary_table(places[None, :, :3], model.config))[0]
 
 
 def prefix_logits(model, pieces, references=()):
@@ -83,6 +85,26 @@ def test_a_token_of_the_picture_differs_from_the_same_patch_of_a_reference_in_th
     assert len(orders[0]) == len(orders[1]) == 1 and orders[1] > orders[0]
 
 
+def test_a_reference_at_a_second_size_stands_behind_the_first_with_an_order_of_its_own():
+    patches = reference_patches(CONFIG)
+    reference = random_codes(1, n=len(patches))
+    ids, places = build_sequence(CONFIG, ["", "a"], [reference], random_codes(2))
+    shown = places[(ids == CODE) & (torch.arange(len(ids)) < len(ids) - N)]  # those of the reference
+    assert torch.equal(shown[:, 3:], reference)
+    assert torch.equal(shown[:, 1] * CONFIG.side + shown[:, 2], patches % N)
+    assert torch.equal(shown[:, 0], 2 + patches // N)
+    assert places[ids == EOI][0, 0] == 4 and places[ids == ord("a")][0, 0] == 5
+
+
+def test_reference_patches_are_those_that_the_picture_fills():
+    """On 8 x 8 patches a picture at two thirds reaches from patch 1.33 to 6.67."""
+    patches = reference_patches(CONFIGS["cpu"])
+    assert patches[:64].tolist() == list(range(64)) and torch.equal(
+        reference_patches(CONFIGS["cpu"], 1), patches[:64]
+    )
+    assert patches[64:].tolist() == [64 + 8 * row + column for row in range(1, 7) for column in range(1, 7)]
+
+
 def test_placeholder_written_by_a_user_stays_text():
     assert fill_prompt("subject-driven", "<image>", "{label} <image>") == [
         "The <image> in ",
@@ -101,7 +123,8 @@ def test_longest_sample_of_every_preset_fits_its_block():
     words = len("The  in .\n, a small , in the middle") + 2 * data.MAX_LABEL + data.MAX_BACKGROUND
     plain = len("The image is \n") + data.MAX_CAPTION
     for name, config in CONFIGS.items():
-        assert max(words, plain) + 4 + 2 * config.n_codes <= config.block_size, name
+        longest = max(words + len(reference_patches(config)), plain + config.n_codes)
+        assert longest + 4 + config.n_codes <= config.block_size, name
 
 
 def test_hidden_conditions_are_the_branches_that_guidance_compares():
@@ -128,13 +151,13 @@ def test_hidden_conditions_are_the_branches_that_guidance_compares():
 
 
 def test_rotary_table_is_the_identity_at_position_zero():
-    cos, sin = rotary_table(torch.zeros(1, 3, 3, dtype=torch.long), 32, 4)
+    cos, sin = rotary_table(torch.zeros(1, 3, 3, dtype=torch.long), CONFIG)
     assert torch.all(cos == 1) and torch.all(sin == 0) and cos.shape == (1, 1, 3, 32)
 
 
 def test_rotary_table_turns_with_each_of_the_three_axes():
     tables = [
-        rotary_table(torch.tensor([[position]]), 32, 4)[0] for position in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+        rotary_table(torch.tensor([[position]]), CONFIG)[0] for position in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
     ]
     turned = torch.stack([table.flatten()[:16] < 1 for table in tables])  # (axis, pair)
     assert turned.sum(1).tolist() == [8, 4, 4] and torch.all(turned.sum(0) == 1)
@@ -144,7 +167,7 @@ def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 32)
     dots = []
     for at, to in ((2, 5), (7, 10)):
-        tables = [rotary_table(torch.tensor([[[n, n, n]]]), 32, 4) for n in (at, to)]
+        tables = [rotary_table(torch.tensor([[[n, n, n]]]), CONFIG) for n in (at, to)]
         turned = [mentor.rotate(x, *table) for x, table in zip((q, k), tables)]
         assert torch.allclose(turned[0].norm(), q.norm(), atol=1e-5)
         dots.append((turned[0] * turned[1]).sum())
@@ -170,7 +193,7 @@ def test_prefixes_of_equal_length_and_swapped_words_give_different_logits(model)
 
 def test_reference_is_looked_at_every_code_of_it(model):
     a, b = random_codes(1), random_codes(1)
-    for level in range(2):
+    for level in range(CONFIG.n_codebooks):
         b[:, level] = (b[:, level] + 1) % CONFIG.codebook_size
         changed = prefix_logits(model, ["", ""], [a]) - prefix_logits(model, ["", ""], [b])
         assert changed.abs().max() > 1e-3
@@ -190,7 +213,7 @@ def test_an_untrained_models_loss_is_that_of_chance(name):
     (batch,) = collate(config, 16, [dataset[i] for i in range(16)])
     with torch.no_grad():
         loss = model(*fill_codes(tokenizer, batch, torch.device("cpu"))).mean().item()
-    chance = config.n_codebooks * math.log(config.codebook_size)
+    chance = math.log(config.codebook_size)
     assert abs(loss / chance - 1) < 0.05, (loss, chance)
 
 
@@ -200,7 +223,7 @@ def test_decoding_step_by_step_equals_the_full_forward_at_every_patch(n_codebook
     model = noisy_model(n_codebooks=n_codebooks)
     prompts = [(["The cat in ", ".\na cat"], [random_codes(1, n_codebooks)]), (["a cat"], [])]
     with torch.no_grad():
-        drawing = Drawing(model, prompts, 2, 0, 1.0, 0, 1.0, 1.0)
+        drawing = Drawing(model, prompts, 2, 0, (1.0,) * n_codebooks, 0, 1.0, 1.0)
         drawing.draw_patch()
         seen = [drawing.x.clone()]
         for _ in range(N - 1):
@@ -228,12 +251,13 @@ def test_loss_is_the_cross_entropy_of_the_pictures_codes_alone(n_codebooks):
     model, target = noisy_model(n_codebooks=n_codebooks), random_codes(2, n_codebooks)
     for pieces, references in ((["a cat"], []), (["", ""], [random_codes(3, n_codebooks)])):
         x = outputs(model, pieces, references, target)[-N:]
-        wanted = sum(
-            F.cross_entropy(model.logits(x, target[:, :level], model.code_table()), target[:, level])
-            for level in range(n_codebooks)
-        )
+        wanted = []
+        for level in range(n_codebooks):
+            logits = model.logits(x, target[:, :level], model.code_table())
+            wanted.append(F.cross_entropy(logits, target[:, level], reduction="none"))
         sequence = build_sequence(model.config, pieces, references, target)
-        assert torch.allclose(model(*pad_sequences([sequence]), target[None])[0], wanted, atol=1e-5)
+        nats = model(*pad_sequences([sequence]), target[None])[0]
+        assert torch.allclose(nats, torch.stack(wanted, -1), atol=1e-4)
 
 
 def test_each_code_is_told_all_coarser_ones():
@@ -252,10 +276,10 @@ def test_each_code_is_told_all_coarser_ones():
 
 def greedy(model, pieces, references):
     """The slow way: the whole sequence again for every code."""
-    codes, table = torch.zeros(N, 2, dtype=torch.long), model.code_table()
+    codes, table = torch.zeros(N, CONFIG.n_codebooks, dtype=torch.long), model.code_table()
     for i in range(N):
         x = outputs(model, pieces, references, codes)[i - N]
-        for level in range(2):
+        for level in range(CONFIG.n_codebooks):
             codes[i, level] = model.logits(x, codes[i, :level], table).argmax()
     return codes
 
@@ -263,7 +287,7 @@ def greedy(model, pieces, references):
 def test_guidance_of_one_is_the_conditional_model(model):
     prompt = (["The cat in ", ".\na cat"], [random_codes(1)])
     assert len(guidance_branches(*prompt, 1.0, 1.0)) == 1
-    assert torch.equal(generate(model, [prompt], temperature=0)[0], greedy(model, *prompt))
+    assert torch.equal(generate(model, [prompt], temperatures=COLD)[0], greedy(model, *prompt))
 
 
 def test_guidance_is_null_plus_two_differences(model):
@@ -273,7 +297,8 @@ def test_guidance_is_null_plus_two_differences(model):
     wanted = null + 3.0 * (image - null) + 2.0 * (full - image)
     got = sum(weight * prefix_logits(model, p, r) for weight, p, r in guidance_branches(*prompt, 3.0, 2.0))
     assert torch.allclose(got, wanted, atol=1e-3)
-    assert generate(model, [prompt], temperature=0, cfg_image=3.0, cfg_text=2.0)[0, 0, 0] == wanted.argmax()
+    drawn = generate(model, [prompt], temperatures=COLD, cfg_image=3.0, cfg_text=2.0)
+    assert drawn[0, 0, 0] == wanted.argmax()
 
 
 def test_a_picture_depends_on_its_seed_and_not_on_its_batch(model):
@@ -281,7 +306,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(model):
     prompts = [(["a cat"], []), (["The dog in ", ".\na small dog"], [random_codes(1)])]
     how = {"cfg_image": 2.0, "cfg_text": 1.5}
     together = generate(model, prompts, n=11, seed=5, **how)
-    assert together.shape == (22, N, 2)
+    assert together.shape == (22, N, CONFIG.n_codebooks)
     for i in (0, 7, 10, 11, 21):
         assert torch.equal(together[i], generate(model, [prompts[i // 11]], seed=5 + i, **how)[0]), i
     assert not torch.equal(together[2], together[3])
@@ -299,16 +324,15 @@ def test_a_draw_follows_the_probabilities():
     assert edges.tolist() == [0, 3]
 
 
-def test_temperature_may_differ_by_level(model):
+def test_each_level_has_its_own_temperature(model):
     prompt = [(["a cat"], [])]
-    cold, mixed, warm = (generate(model, prompt, temperature=t) for t in (0, [0, 5.0], 5.0))
-    assert torch.equal(mixed[0, 0, 0], cold[0, 0, 0]) and not torch.equal(mixed[..., 1], cold[..., 1])
-    assert torch.equal(generate(model, prompt, temperature=[5.0, 5.0]), warm)
+    cold, mixed = (generate(model, prompt, temperatures=t) for t in (COLD, (0, 5.0, 0)))
+    assert mixed[0, 0, 0] == cold[0, 0, 0] and not torch.equal(mixed[..., 1], cold[..., 1])
 
 
 def test_top_k_of_one_is_the_likeliest_code(model):
     prompt = [(["a cat"], [])]
-    assert torch.equal(generate(model, prompt, top_k=1), generate(model, prompt, temperature=0))
+    assert torch.equal(generate(model, prompt, top_k=1), generate(model, prompt, temperatures=COLD))
 
 
 def test_drawing_in_bf16_is_close_and_leaves_the_model_as_it_was(model, monkeypatch):
@@ -321,9 +345,9 @@ def test_drawing_in_bf16_is_close_and_leaves_the_model_as_it_was(model, monkeypa
         first = []
         for version in (model, copied):
             x = version.embed(ids, places[..., 3:], version.code_table())
-            first.append(version.hidden(x, version.rotary(places[..., :3]))[0, -1])
+            first.append(version.hidden(x, rotary_table(places[..., :3], CONFIG))[0, -1])
     assert F.cosine_similarity(*first, 0) > 0.99
-    assert generate(model, [(["a cat"], [])]).shape == (1, N, 2)
+    assert generate(model, [(["a cat"], [])]).shape == (1, N, CONFIG.n_codebooks)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
@@ -349,7 +373,7 @@ def test_training_step_and_drawing_step_on_the_meta_device():
     model(*(x.to("meta") for x in sequence), random_codes()[None].to("meta")).mean().backward()
     assert all(p.grad.device.type == "meta" for p in model.parameters())
     with torch.no_grad():
-        drawing = Drawing(model, [(["The dog in ", "."], [random_codes()])], 3, 0, 0.6, 5, 3.0, 2.0)
+        drawing = Drawing(model, [(["The dog in ", "."], [random_codes()])], 3, 0, (0.6, 0, 0.1), 5, 3.0, 2.0)
         drawing.draw_patch()
         drawing.step()
     assert drawing.codes.device.type == drawing.x.device.type == "meta"
@@ -371,9 +395,9 @@ def test_compiled_equals_eager(model, part):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients))
     else:
         prompt = [(["a cat"], [])]
-        eager = generate(model, prompt, n=2, temperature=0, cfg_image=2.0, cfg_text=2.0)
+        eager = generate(model, prompt, n=2, temperatures=COLD, cfg_image=2.0, cfg_text=2.0)
         with torch.no_grad():
-            drawing = Drawing(model, prompt, 2, 0, 0, 0, 2.0, 2.0)
+            drawing = Drawing(model, prompt, 2, 0, COLD, 0, 2.0, 2.0)
             step = torch.compile(drawing.step, dynamic=False, fullgraph=True)  # no part of it needs Python
             drawing.draw_patch()
             for _ in range(N - 1):

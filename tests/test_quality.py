@@ -73,7 +73,7 @@ def test_without_references_the_model_is_given_words_alone(cases, monkeypatch):
     monkeypatch.setattr(
         bench_quality,
         "draw",
-        lambda model, tokenizer, prompts, **how: asked.extend(prompts) or np.zeros((len(prompts), 2)),
+        lambda model, tokenizer, task, prompts, **how: asked.extend(prompts) or np.zeros((len(prompts), 2)),
     )
     for references in (None, [case.reference for case in cases]):
         draw_cases(None, None, "subject-driven", cases, references, 0, None)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mentor import Config
 from tokenizer import Tokenizer, codebook_usage, nearest, psnr, to_arrays, to_images
 
-SMALL = Config(codebook_size=64, channels=16)
+SMALL = Config(n_codebooks=2, codebook_size=64, code_dim=8, channels=16)
 
 
 def small(**changes):
@@ -130,12 +130,11 @@ def test_codes_stay_alive_in_training_and_pictures_come_back(trained):
     assert last["psnr"] > first["psnr"] + 2 and last["psnr"] > 16
 
 
-def test_a_subject_moved_by_whole_patches_keeps_its_inner_codes():
-    """Nothing in the encoder looks at the whole image: what is far away does not change a code."""
-    tokenizer, image = small(), torch.zeros(1, 3, 128, 128)
-    image[..., 32:96, 32:96] = torch.rand(1, 3, 64, 64)
-    a, b = (tokenizer.encode(x).view(16, 16, 2) for x in (image, image.roll((8, 16), (2, 3))))
-    assert torch.equal(a[4:11, 4:10], b[5:12, 6:12])
+def test_a_patch_keeps_its_codes_wherever_it_stands_and_whatever_is_beside_it():
+    tokenizer, image, other = small(), *torch.rand(2, 1, 3, 64, 64) * 2 - 1
+    other[..., 8:40, 16:48] = image[..., 0:32, 0:32]  # 4 x 4 patches, one down and two to the right
+    a, b = (tokenizer.encode(x[None]).view(8, 8, 2) for x in (image[0], other[0]))
+    assert torch.equal(a[0:4, 0:4], b[1:5, 2:6]) and not torch.equal(a[4:6], b[5:7])
 
 
 def test_images_survive_the_way_to_tensors_and_back():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import sample
+import tokenizer
 import train
 from mentor import CODE, CONFIGS, TASKS, Mentor
 from tokenizer import BadInput, Tokenizer
 
 CONFIG, CPU = CONFIGS["test"], torch.device("cpu")
+N = CONFIG.n_codes
 
 
 def toy_tokenizer():
@@ -35,7 +38,8 @@ def toy_samples(n):
 
 
 def toy_inputs(samples, size):
-    return [sample.fill_codes(toy_tokenizer(), batch, CPU) for batch in sample.collate(CONFIG, size, samples)]
+    toy, batches = toy_tokenizer(), sample.collate(CONFIG, size, samples)
+    return [(sample.fill_codes(toy, batch, CPU), batch.coverage) for batch in batches]
 
 
 @pytest.fixture(autouse=True)
@@ -53,18 +57,22 @@ def gradients(model, parts):
 
 def test_workers_lay_out_what_the_device_fills_with_codes():
     """The same as encoding each picture by itself and building its sequence with the codes."""
-    samples, tokenizer = toy_samples(16), toy_tokenizer()
+    samples, toy = toy_samples(16), toy_tokenizer()
+
+    def encode(picture):
+        return toy.encode(sample.to_images([picture], CPU))[0]
 
     def by_itself(s):
-        pictures = [tokenizer.encode(sample.to_images([p], CPU))[0] for p in (s.target, *s.references)]
-        condition = sample.hide_condition(
-            sample.fill_prompt(s.task, s.label, s.caption), pictures[1:], s.hide
-        )
-        return *sample.build_sequence(CONFIG, *condition, pictures[0]), pictures[0]
+        target = encode(s.target)
+        references = [
+            torch.cat([encode(p) for p in sample.at_sizes(CONFIG, s.task, r)]) for r in s.references
+        ]  # (on 4 x 4 patches a picture at two thirds touches all of them)
+        condition = sample.hide_condition(sample.fill_prompt(s.task, s.label, s.caption), references, s.hide)
+        return *sample.build_sequence(CONFIG, *condition, target), target
 
     wanted = [by_itself(s) for s in samples]
     found = []
-    for ids, places, lengths, target in toy_inputs(samples, 4):
+    for (ids, places, lengths, target), _ in toy_inputs(samples, 4):
         places[..., 3:] *= (ids == CODE)[..., None]  # what stands beside a byte is never looked at
         found += [(i[:n], p[:n], t) for i, p, n, t in zip(ids, places, lengths, target)]
     for ids, places, target in wanted:
@@ -75,11 +83,49 @@ def test_workers_lay_out_what_the_device_fills_with_codes():
         assert sum(same) >= 1
 
 
+def test_a_patch_weighs_the_more_the_more_of_the_subject_it_holds():
+    nats, coverage = torch.rand(2, N, 3), torch.zeros(2, N)
+    assert train.weigh(nats, coverage).item() == pytest.approx(nats.sum(-1).mean().item(), rel=1e-5)
+    coverage[0, 3], coverage[0, 5] = 1, 0.5
+    nats[0] = 0
+    nats[0, 3], nats[0, 5], nats[0, 7] = 1, 10, 100  # each a sum of three codes
+    wanted = 3 * (5 * 1 + 3 * 10 + 1 * 100) / (N - 2 + 5 + 3)  # the weights have mean 1
+    assert train.weigh(nats[:1], coverage[:1]).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_logged_loss_is_unweighted(model):
+    inputs = toy_inputs(toy_samples(8), 4)
+    logged, _ = train.accumulate(model, inputs, CPU)
+    with torch.no_grad():
+        wanted = sum(model(*arguments).sum(-1).mean() for arguments, _ in inputs) / len(inputs)
+    assert logged.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_coverage_is_the_share_of_a_patch_that_the_subject_covers():
+    samples = toy_samples(8)
+    batches = sample.collate(CONFIG, 8, samples)
+    wanted = {s.target.tobytes(): s.mask.reshape(4, 8, 4, 8).mean((1, 3)).flatten() / 255 for s in samples}
+    for picture, coverage in zip(batches[0].pictures, batches[0].coverage):
+        assert torch.allclose(coverage, torch.tensor(wanted[picture.numpy().tobytes()]).float(), atol=1e-5)
+    assert max(share.max() for share in wanted.values()) > sample.SUBJECT_PATCH
+
+
+def test_a_reference_at_two_thirds_is_shrunk_towards_the_middle_and_its_edges_go_on():
+    picture = np.full((96, 96, 3), 50, np.uint8)
+    picture[12:84, 12:84] = 200  # a subject given as most are: in the middle, .75 of the canvas
+    as_it_is, smaller = sample.at_sizes(CONFIG, "subject-driven", picture)
+    assert np.array_equal(as_it_is, picture)
+    wanted = np.full((96, 96, 3), 50, np.uint8)
+    wanted[24:72, 24:72] = 200  # .5 of it
+    assert (np.abs(smaller.astype(int) - wanted) > 20).mean() < 0.05  # (soft edges)
+    assert len(sample.at_sizes(CONFIG, "segmentation", picture)) == 1
+
+
 def test_accumulation_over_micro_batches_equals_one_batch(model):
     samples = toy_samples(16)
     whole, parts = toy_inputs(samples, 16), toy_inputs(samples, 4)
     assert len(whole) == 1 and len(parts) == 4
-    assert parts[0][0].shape[1] < parts[-1][0].shape[1]  # sorted by length, so that short ones are short
+    assert parts[0][0][0].shape[1] < parts[-1][0][0].shape[1]  # sorted by length: short ones are short
     for a, b in zip(gradients(model, whole), gradients(model, parts)):
         assert torch.allclose(a, b, atol=1e-5)
 
@@ -138,18 +184,18 @@ def test_gains_measure_whether_the_model_looks_at_its_prefix(model):
     deaf = Mentor(CONFIG)  # fresh: every block is the identity, so nothing of the prefix arrives
     for subject, looks in ((deaf, False), (model, True)):
         losses = sample.held_out_losses(subject, toy_tokenizer(), datasets, 16, CPU)
-        for gain in ("reference gain", "prompt gain"):
-            assert (abs(losses[gain]) > 1e-3) == looks, (gain, losses)
+        for gain in ("reference gain", "prompt gain", "its reference gain"):
+            assert (np.abs(losses[gain]).max() > 1e-3) == looks, (gain, losses)
+        assert len(losses["on the subject"]) == CONFIG.n_codebooks
 
 
 def test_share_of_peak_counts_the_work_of_a_transformer(monkeypatch):
-    plan = argparse.Namespace(stage=1, device=CPU, config=CONFIG)
-    run, lengths = argparse.Namespace(plan=plan, model=Mentor(CONFIG)), [torch.tensor([100, 50])]
-    assert train.share_of_peak(run, lengths, 2.0) is None  # nobody knows a CPU's
-    monkeypatch.setattr(train, "peak_flops", lambda device: 1e9)
+    model, lengths = Mentor(CONFIG), [torch.tensor([100, 50])]
+    assert tokenizer.share_of_peak(model, lengths, 2.0) is None  # nobody knows a CPU's
+    monkeypatch.setattr(tokenizer, "peak_flops", lambda device: 1e9)
     weights = 2 * (4 * 64 * 64 + 8 * 64 * 64)  # two layers: attention and MLP; their gains hardly count
     wanted = 6 * (weights * 150 + 2 * 64 * (100**2 + 50**2)) / 2.0 / 1e9
-    assert train.share_of_peak(run, lengths, 2.0) == pytest.approx(wanted, rel=0.01)
+    assert tokenizer.share_of_peak(model, lengths, 2.0) == pytest.approx(wanted, rel=0.01)
 
 
 # -- stages
