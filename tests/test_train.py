@@ -429,8 +429,8 @@ def test_full_disk_keeps_the_last_good_checkpoint(trained, tmp_path):
     for name in ("stage1.pt", "tokenizer.pt"):
         shutil.copy(trained / name, tmp_path)
 
-    def limit():  # a file may not grow beyond 100 kB: what a full disk looks like
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    def limit():  # no file may grow beyond a megabyte: what a full disk looks like
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
     done = script("train.py", "--stage", 2, *TOY, "--out", tmp_path, preexec_fn=limit)
     assert (
