@@ -126,8 +126,8 @@ def main():
         "--steps",
         type=at_least(1),
         nargs=2,
-        default=[800, 1300],
-        help="of stage 1 and stage 2 (default: 800 1300)",
+        default=[1600, 2600],
+        help="of stage 1 and stage 2 (default: 1600 2600)",
     )
     parser.add_argument("--preset", default="cpu")
     parser.add_argument("--data", help="as train.py takes it")

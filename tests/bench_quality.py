@@ -1,7 +1,7 @@
 """How good is a trained model? The paper's measures, on held-out subjects, run by hand:
 
     python tests/bench_quality.py --ckpt out/stage2.pt            one table, and a labelled sheet, quality.png
-    python tests/bench_quality.py --ckpt out/stage2.pt --sweep    CP and PF as guidance changes, in sweep.png
+    python tests/bench_quality.py --ckpt out/stage2.pt --sweep    the same as guidance changes, in sweep.png
 
 CP, concept preservation: is the drawn subject the referenced one? The cut-outs of the true subject and of 19
 others are laid over the drawn picture, at every place and size that prompts name, mirrored or not, and a 32nd
@@ -307,16 +307,16 @@ COLOURS = ((60, 90, 220), (60, 150, 60), (210, 50, 50))  # a text scale each
 
 
 def draw_curves(points, path):
-    """points: (cfg_image, cfg_text) -> judged pictures. CP and PF over cfg_image; a line a cfg_text, with
-    bars of one standard error."""
+    """points: (cfg_image, cfg_text) -> judged pictures. Hard CP and PF over cfg_image; a line a cfg_text,
+    with bars of one standard error."""
     image = Image.new("RGB", (1180, 460), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(17)
-    titles = ("CP: how often the subject is recognised", "PF: how much of the prompt holds")
+    titles = ("hard CP: how often its inside is recognised", "PF: how much of the prompt holds")
     for left, title in zip((60, 620), titles):
         curves = {}
         for (cfg_image, cfg_text), judged in points.items():
             follows = (judged["background"] + judged["place"] + judged["size"]) / 3
-            values = judged["recognised"] if title.startswith("CP") else follows  # (n,)
+            values = judged["recognised inside"] if title.startswith("hard CP") else follows  # (n,)
             error = values.std() / len(values) ** 0.5
             curves.setdefault(cfg_text, []).append((cfg_image, values.mean(), error))
         low = np.floor(10 * min(mean - error for curve in curves.values() for _, mean, error in curve)) / 10
