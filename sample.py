@@ -25,11 +25,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from data import IMAGE_ENDINGS, clean_label, clean_text
+from data import AS_GIVEN, IMAGE_ENDINGS, Subject, clean_label, clean_text, compose, cutout
 from mentor import (TASKS, TEMPERATURES, Config, Mentor, build_sequence, fill_prompt, generate,
                     hide_condition, pad_sequences, reference_patches)
-from tokenizer import (BadInput, Tokenizer, autocast, from_bytes, open_square, quality, save_sheet, to_arrays,
-                       to_images, whole_file)
+from tokenizer import (BadInput, Tokenizer, autocast, from_bytes, open_square, quality, read_image,
+                       save_sheet, to_arrays, to_images, whole_file)
 
 # -----------------------------------------------------------------------------------------------------------
 # From a prompt to pictures
@@ -114,6 +114,53 @@ def draw(model, tokenizer, task, prompts, **how):
 
     encoded = [(pieces, [encode(reference) for reference in references]) for pieces, references in prompts]
     return to_arrays(tokenizer.decode(generate(model, encoded, **how)))
+
+
+def frame_subjects(model, tokenizer, labels, pictures):
+    """Brings what the labels name, in square pictures, uint8 (H, W, 3), to where most references of training
+    show it (data.AS_GIVEN): on whole patches, whose codes drawing then copies. Where it is now the model says
+    itself, by cutting it out. -> list of uint8 (image_size, image_size, 3)."""
+    size, task = model.config.image_size, TASKS["segmentation"]
+    framed = [np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
+              for picture in pictures]
+    prompts = [(fill_prompt("segmentation", label), [picture]) for label, picture in zip(labels, framed)]
+    cut_out = draw(model, tokenizer, "segmentation", prompts, exact=True, cfg_image=task.cfg_image,
+                   cfg_text=task.cfg_text)
+    for i, (picture, alone) in enumerate(zip(pictures, cut_out)):
+        part = part_to_show(alone)
+        if part is not None:
+            margin = len(picture)  # beyond the picture its edges go on
+            wider = np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
+            part = margin + margin * part
+            resized = Image.fromarray(wider).resize((size, size), Image.Resampling.BICUBIC, part)
+            framed[i] = np.asarray(resized)
+    return framed
+
+
+def part_to_show(alone):
+    """Something on black, uint8 (H, W, 3) -> the square that would show it as data.AS_GIVEN does: left, top,
+    right, bottom as shares of the picture; None where it does so already, or where nothing is seen."""
+    shown = alone.max(2) > 60  # black after the tokenizer is not quite 0
+    columns, rows = (np.flatnonzero(shown.sum(axis) > 1) for axis in (0, 1))  # (not where one pixel stands)
+    if len(columns) == 0 or len(rows) == 0:
+        return None
+    left, top, right, bottom = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / len(alone)
+    side = max(right - left, bottom - top) / AS_GIVEN.side
+    left, top = (left + right - side) / 2, bottom - side * (1 + AS_GIVEN.side) / 2
+    stands_so = max(abs(left), abs(top), abs(side - 1)) < 1 / 16
+    return None if stands_so else np.array([left, top, left + side, top + side])
+
+
+def open_reference(path, label, task, model, tokenizer):
+    """An image file as the task shows it -> uint8 (image_size, image_size, 3). Raises BadInput."""
+    size = model.config.image_size
+    if task != "subject-driven":
+        return np.asarray(open_square(path, size))
+    image = read_image(path)
+    if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 128:  # a cut-out: nothing to be found
+        sprite = cutout(Subject(path, label, "file", path))
+        return np.asarray(compose(sprite, Image.new("RGB", (size, size), "white"), AS_GIVEN)[0])
+    return frame_subjects(model, tokenizer, [label], [np.asarray(open_square(path, 4 * size))])[0]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -414,8 +461,9 @@ def main():
         cfg_image = cfg_text = args.cfg
     cfg_image = cfg_image if args.cfg_image is None else args.cfg_image
     cfg_text = cfg_text if args.cfg_text is None else args.cfg_text
-    references = [np.asarray(open_square(args.ref, model.config.image_size))] if args.ref else []
-    prompt = fill_prompt(task, clean_label(args.label), clean_text(args.prompt))  # as words were in training
+    label = clean_label(args.label)  # as words were in training
+    prompt = fill_prompt(task, label, clean_text(args.prompt))
+    references = [open_reference(args.ref, label, task, model, tokenizer)] if args.ref else []
     started = time.time()
     pictures = draw(model, tokenizer, task, [(prompt, references)], n=args.n, seed=args.seed,
                     top_k=args.top_k, temperatures=temperatures, cfg_image=cfg_image, cfg_text=cfg_text,

@@ -16,7 +16,9 @@ only what is inside tells. PF, prompt following: the share of the prompt's parts
 We composed the scenes, so the truth is known and no network has to judge. Five references are scored by the
 same code: the true pictures, as they are and through the tokenizer (ceilings), their subjects' outlines
 filled with one colour, the mean (what an outline and a hue are worth), the reference handed back as it is (CP
-without PF), and the same model without the reference (PF without CP).
+without PF), and the same model without the reference (PF without CP). In the references the subject is large
+and in the middle, on whole patches, as in most of training; "reference anywhere" is .5 to .9 of the canvas
+and anywhere, and framed as sample.py does.
 """
 
 import argparse
@@ -36,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from data import AS_GIVEN, BACKGROUNDS, PLACES, SIZES, compose, cutout, draw_background
 from mentor import TASKS, fill_prompt
-from sample import Parser, add_device_flag, at_least, draw, load_models, run_script
+from sample import Parser, add_device_flag, at_least, draw, frame_subjects, load_models, run_script
 from tokenizer import BadInput, psnr, save_sheet, to_arrays, to_images, whole_file
 
 # -----------------------------------------------------------------------------------------------------------
@@ -273,6 +275,13 @@ def draw_cases(model, tokenizer, task, cases, references, seed, guidance):
     )
 
 
+def framed(model, tokenizer, cases, pictures):
+    """Pictures in which the subject stands anywhere, as sample.py would show them to the model."""
+    labels = [case.subject.label for case in cases]
+    parts = [slice(i, i + 50) for i in range(0, len(cases), 50)]
+    return sum((frame_subjects(model, tokenizer, labels[part], pictures[part]) for part in parts), [])
+
+
 def copying(drawn, cases):
     """Reconstruction -> L2 (root mean square error of a picture's pixels in [0, 1], averaged) and PSNR in
     dB."""
@@ -399,6 +408,9 @@ def main():
             "copy the reference": np.stack(references),
             "ignore the reference": drawn("subject-driven", None),
             "subject-driven": drawn("subject-driven", references),
+            "subject-driven, reference anywhere": drawn(
+                "subject-driven", framed(model, tokenizer, cases, scenes)
+            ),
         }
         judged = judge(np.concatenate(list(shown.values())), cases * len(shown))
         rows = {
@@ -423,7 +435,11 @@ def main():
             beside = (
                 ["scene"]
                 if name in ("reconstruction", "segmentation")
-                else ["target"] if asked is known else ["reference", "target"]
+                else (
+                    ["target"]
+                    if asked is known
+                    else ["scene" if name.endswith("anywhere") else "reference", "target"]
+                )
             )
             cells = [
                 (

@@ -9,11 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOY, script
+from conftest import ROOT, TOY, noisy_model, script
 from PIL import Image
 
 import sample
 import train
+from data import AS_GIVEN, Placement, compose
+from mentor import fill_prompt
 from tokenizer import draw_shape
 
 
@@ -53,6 +55,45 @@ def test_task_follows_from_what_is_given(trained, tmp_path, ref, monkeypatch, ca
     )
     assert code == 0 and out.startswith(task) and "s a picture" in out
     assert Image.open(tmp_path / "x.png").size == (32, 32)
+
+
+def test_a_cutout_is_shown_as_training_shows_it_wherever_it_stands_in_its_file(tmp_path):
+    star = draw_shape("star red blue")
+    for name, place in (("a.png", (0, 0)), ("b.png", (170, 90))):
+        sheet = Image.new("RGBA", (300, 240))
+        sheet.paste(star, place)
+        sheet.save(tmp_path / name)
+    a, b = (
+        sample.open_reference(str(tmp_path / name), "star", "subject-driven", noisy_model(), None)
+        for name in ("a.png", "b.png")
+    )
+    shown = compose(star.crop(star.getbbox()), Image.new("RGB", (32, 32), "white"), AS_GIVEN)[0]
+    assert np.array_equal(a, b) and np.abs(a.astype(int) - np.asarray(shown)).max() < 40
+
+
+@pytest.mark.parametrize("where", [Placement(0.5, 0, 1), Placement(0.6, 0.8, 0.3), Placement(0.95, 0.5, 0.5)])
+def test_a_subject_is_found_and_framed_wherever_it_stands(monkeypatch, where):
+    star, blue = draw_shape("sun red yellow"), (50, 90, 220)
+    scene, alone, _ = compose(star.crop(star.getbbox()), Image.new("RGB", (128, 128), blue), where)
+    asked = []
+
+    def draw(model, tokenizer, task, prompts, **how):  # the model that cuts out without a fault
+        asked.append((task, prompts[0][0]))
+        return np.asarray(alone.resize((32, 32)))[None]
+
+    monkeypatch.setattr(sample, "draw", draw)
+    (framed,) = sample.frame_subjects(noisy_model(), None, ["sun"], [np.asarray(scene)])
+    right = np.asarray(compose(star.crop(star.getbbox()), Image.new("RGB", (32, 32), blue), AS_GIVEN)[0])
+    assert asked == [("segmentation", fill_prompt("segmentation", "sun"))]
+    unframed = np.asarray(scene.resize((32, 32)))
+    assert np.abs(framed - right.astype(float)).mean() < 15 < np.abs(unframed - right.astype(float)).mean()
+
+
+def test_a_subject_that_stands_right_or_is_not_found_is_left_where_it_is():
+    star = draw_shape("sun red yellow")
+    alone = compose(star.crop(star.getbbox()), Image.new("RGB", (64, 64)), AS_GIVEN)[1]
+    assert sample.part_to_show(np.asarray(alone)) is None
+    assert sample.part_to_show(np.full((64, 64, 3), 20, np.uint8)) is None
 
 
 def test_several_pictures_as_a_grid_or_one_file_each(trained, tmp_path, monkeypatch, capsys):

@@ -108,7 +108,7 @@ def test_bench_runs_and_repeats_itself(trained, tmp_path, monkeypatch, capsys, s
         bench_quality.main()
         figures.append(json.loads((tmp_path / "figures.json").read_text()))
     assert figures[0] == figures[1] and (tmp_path / "sheet.png").stat().st_size > 1000
-    assert len(figures[0]) == (4 if sweep else 10) and "| CP | CP big |" in capsys.readouterr().out
+    assert len(figures[0]) == (4 if sweep else 11) and "| CP | CP big |" in capsys.readouterr().out
     assert sweep or figures[0]["copy the reference"]["background"] == 0
 
 
