@@ -92,7 +92,7 @@ def weigh(nats, coverage):
     """The loss of the transformer: nats (B, N, n_codebooks) -> their sum over a patch's codes, its mean. The
     more of a patch the subject covers (B, N), the more it weighs: three in four are background, whose own
     randomness would drown what is to be learnt from the reference. A sample's weights have mean 1."""
-    weights = 1 + 4 * (coverage > 0.02).float()
+    weights = 1 + 4 * coverage
     weights = weights / weights.mean(1, keepdim=True)
     return (weights * nats.sum(-1)).mean()
 
