@@ -442,13 +442,7 @@ class Tasks:
         views = self.other_views(i)
         if views:
             sprite = cutout(self.subjects[views[rng.integers(len(views))]], self.size)
-        kind = rng.uniform()
-        if kind < 0.35:
-            where = AS_GIVEN
-        elif kind < 0.7:
-            where = Placement(0.75 * rng.uniform(0.96, 1.04), *rng.uniform(0.4, 0.6, 2))
-        else:
-            where = free_placement(rng)
+        where = AS_GIVEN if rng.uniform() < 0.7 else free_placement(rng)
         return scene._replace(references=[self.elsewhere(sprite, where, background, rng)])
 
     # What they share
