@@ -127,19 +127,19 @@ def build_sequence(config, pieces, references, target=None):
     """
     grid = [(row, column) for row in range(config.side) for column in range(config.side)]
     no_codes = (0,) * config.n_codebooks
-    ids, places, order = [BOS], [(0, 0, 0, 0, 0, *no_codes)], 1
+    ids, places, order = [BOS], [(0, 0, 0, *no_codes)], 1
     for i, piece in enumerate(pieces):
         for byte in piece.encode():
             ids.append(byte)
-            places.append((order, 0, 0, 0, 0, *no_codes))
+            places.append((order, 0, 0, *no_codes))
             order += 1
         if i < len(references):
             ids += [BOI] + [CODE] * len(references[i]) + [EOI]
-            places.append((order, 0, 0, 0, 0, *no_codes))
+            places.append((order, 0, 0, *no_codes))
             for number, codes in zip(reference_patches(config).tolist(), references[i].tolist()):
                 size, patch = divmod(number, config.n_codes)
-                places.append((order + 1 + size, *grid[patch], *grid[patch], *codes))
-            places.append((order + 2 + size, 0, 0, 0, 0, *no_codes))
+                places.append((order + 1 + size, *grid[patch], *codes))
+            places.append((order + 2 + size, 0, 0, *no_codes))
             order += 3 + size
     room = config.block_size - (len(ids) + config.n_codes)
     if room < 0:
@@ -147,11 +147,10 @@ def build_sequence(config, pieces, references, target=None):
         raise BadInput(f"--label and --prompt make a sentence of {n_bytes} bytes of text, "
                        f"and {max(0, n_bytes + room)} fit: shorten them")
     ids.append(BOI)
-    places.append((order, *grid[0], 0, 0, *no_codes))
+    places.append((order, *grid[0], *no_codes))
     if target is not None:
         ids += [CODE] * (config.n_codes - 1)
-        places += [(order, *patch, *shown, *codes)
-                   for patch, shown, codes in zip(grid[1:], grid, target[:-1].tolist())]
+        places += [(order, *patch, *codes) for patch, codes in zip(grid[1:], target[:-1].tolist())]
     return torch.tensor(ids), torch.tensor(places)
 
 
@@ -193,12 +192,6 @@ def rotary_table(positions, config):
     angles = torch.cat(angles, -1)  # (B, 1, T, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-def rotary_tables(places, config):
-    """places (B, T, 5 or more) -> the tables of the queries and of the keys: a query stands at the patch that it
-    predicts, a key at the patch that it carries."""
-    return rotary_table(places[..., :3], config), rotary_table(places[..., [0, 3, 4]], config)
 
 
 def rotate(x, cos, sin):
@@ -247,7 +240,7 @@ class CausalSelfAttention(nn.Module):
         matrix = torch.cat(tuple(self.qkv)) if len(self.qkv) > 1 else self.qkv[0]  # (3 * n_embd, n_embd)
         qkv = F.linear(x.to(matrix.dtype), matrix).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_dim)
-        q, k = (rotate(x, *table) for x, table in zip(rms_norm(qkv[:2]), rotary))  # in fp32
+        q, k = rotate(rms_norm(qkv[:2]), *rotary)  # in fp32
         q, v = q * self.gain, qkv[2]
         if cache is None:
             y = attend(q.to(v.dtype), k.to(v.dtype), v)
@@ -349,8 +342,8 @@ class Mentor(nn.Module):
         (B, T), places (B, T, 3 + n_codebooks), lengths (B,) without padding, target and result (B, N,
         n_codebooks)."""
         table = self.code_table()
-        x = self.embed(ids, places[..., 5:], table)  # (B, T, n_embd)
-        x = self.hidden(x, rotary_tables(places, self.config))
+        x = self.embed(ids, places[..., 3:], table)  # (B, T, n_embd)
+        x = self.hidden(x, rotary_table(places[..., :3], self.config))
         N = target.shape[1]
         last = lengths[:, None] - N + torch.arange(N, device=ids.device)  # (B, N): they predict the picture
         x = x.gather(1, last[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)  # (B * N, n_embd)
@@ -440,17 +433,16 @@ class Drawing:
                                    dtype=dtype, device=device)
         causal = torch.full((T, S), -torch.inf, dtype=dtype, device=device).triu(1)
         caches = [KVCache(k, v, torch.arange(T, device=device), causal) for k, v in zip(keys, values)]
-        x = model.embed(ids, places[..., 5:], self.table)
-        x = model.hidden(x, rotary_tables(places, config), caches)[last]  # (B, n_embd)
+        x = model.embed(ids, places[..., 3:], self.table)
+        x = model.hidden(x, rotary_table(places[..., :3], config), caches)[last]  # (B, n_embd)
 
         # From here on a row is a group of pictures in a branch.
         self.x = x.repeat_interleave(n_groups * self.G, 0)  # (rows * G, n_embd): what predicts the next patch
         grid = torch.cartesian_prod(*[torch.arange(config.side, device=device)] * 2)  # (N, 2)
         order = places[last][:, None, :1].expand(-1, N, -1)  # (B, N, 1)
-        grid = torch.cat((grid, grid.roll(1, 0)), 1)  # (N, 4)
-        positions = torch.cat((order, grid.expand(B, -1, -1)), 2)  # (B, N, 5)
-        positions = positions.repeat_interleave(n_groups, 0)  # (rows, N, 5)
-        self.rotary = rotary_tables(positions, config)  # (rows, 1, N, head_dim) each
+        positions = torch.cat((order, grid.expand(B, -1, -1)), 2)  # (B, N, 3)
+        positions = positions.repeat_interleave(n_groups, 0)  # (rows, N, 3)
+        self.rotary = rotary_table(positions, config)  # (rows, 1, N, head_dim) each
         self.slots = T + N * torch.arange(self.G, device=device)
         unseen = torch.arange(S, device=device) >= lengths[:, None]  # (B, S)
         mask = torch.zeros(B, S, dtype=dtype, device=device).masked_fill(unseen, -torch.inf)
@@ -485,7 +477,7 @@ class Drawing:
         x = self.to_branches(self.model.sum_codes(codes, self.table))
         x = x.unflatten(0, (-1, self.G))  # (rows, G, n_embd)
         self.patch.add_(1)
-        rotary = [[x.index_select(2, self.patch) for x in table] for table in self.rotary]  # (rows, 1, 1, head_dim) each
+        rotary = [table.index_select(2, self.patch) for table in self.rotary]  # (rows, 1, 1, head_dim) each
         self.mask.scatter_(3, self.slots.view(1, 1, -1, 1).expand(len(x), 1, -1, 1), 0)
         self.x.copy_(self.model.hidden(x, rotary, self.caches).flatten(0, 1))
         self.slots.add_(1)

@@ -209,8 +209,8 @@ def fill_codes(tokenizer, batch, device):
     codes (B, N, n_codebooks)."""
     pictures, ids, places, lengths = (x.to(device, non_blocking=True) for x in batch[:4])
     codes = tokenizer.encode(from_bytes(pictures))  # (n, N, n_codebooks)
-    numbers = places[..., 5]  # (B, T); at a byte of text 0, whose codes are never looked at
-    return ids, torch.cat((places[..., :5], codes.flatten(0, 1)[numbers]), -1), lengths, codes[:len(ids)]
+    numbers = places[..., 3]  # (B, T); at a byte of text 0, whose codes are never looked at
+    return ids, torch.cat((places[..., :3], codes.flatten(0, 1)[numbers]), -1), lengths, codes[:len(ids)]
 
 
 def stack_pictures(samples):
