@@ -142,7 +142,7 @@ def cutout(subject, size=256):
     alpha = image.getchannel("A").point(at_half)
     if len(alpha.getcolors()) < 2:
         what = "is empty" if alpha.getbbox() is None else "hides nothing: this is no cut-out"
-        raise BadInput(f"{subject.path}: its mask {what}")
+        raise BadInput(f"{subject.path}: its {'mask' if subject.mask else 'alpha'} {what}")
     image = image.crop(alpha.getbbox())
     image.thumbnail((max(256, size),) * 2, reducing_gap=3)
     return image

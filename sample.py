@@ -127,19 +127,20 @@ def frame_subjects(model, tokenizer, labels, pictures):
     cut_out = draw(model, tokenizer, "segmentation", prompts, exact=True, cfg_image=task.cfg_image,
                    cfg_text=task.cfg_text)
     for i, (picture, alone) in enumerate(zip(pictures, cut_out)):
-        part = part_to_show(alone)
-        if part is not None:
-            margin = len(picture)  # beyond the picture its edges go on
-            wider = np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
-            part = margin + margin * part
-            resized = Image.fromarray(wider).resize((size, size), Image.Resampling.BICUBIC, part)
-            framed[i] = np.asarray(resized)
+        box = box_to_frame(alone)
+        if box is None:
+            say(f"--ref: no {labels[i]} was found in it: it is shown as it is")
+            continue
+        margin = len(picture)  # beyond the picture its edges go on
+        wider = Image.fromarray(np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge"))
+        resized = wider.resize((size, size), Image.Resampling.BICUBIC, margin + margin * box)
+        framed[i] = np.asarray(resized)
     return framed
 
 
-def part_to_show(alone):
-    """Something on black, uint8 (H, W, 3) -> the square that would show it as data.AS_GIVEN does: left, top,
-    right, bottom as shares of the picture; None where it does so already, or where nothing is seen."""
+def box_to_frame(alone):
+    """Something on black, uint8 (H, W, 3) -> the square that shows it as data.AS_GIVEN does, at the bottom of
+    its box: left, top, right, bottom as shares of the picture. None: nothing is seen."""
     shown = alone.max(2) > 60  # black after the tokenizer is not quite 0
     columns, rows = (np.flatnonzero(shown.sum(axis) > 1) for axis in (0, 1))  # (not where one pixel stands)
     if len(columns) == 0 or len(rows) == 0:
@@ -147,8 +148,9 @@ def part_to_show(alone):
     left, top, right, bottom = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / len(alone)
     side = max(right - left, bottom - top) / AS_GIVEN.side
     left, top = (left + right - side) / 2, bottom - side * (1 + AS_GIVEN.side) / 2
-    stands_so = max(abs(left), abs(top), abs(side - 1)) < 1 / 16
-    return None if stands_so else np.array([left, top, left + side, top + side])
+    if max(abs(left), abs(top), abs(side - 1)) < 1 / 16:  # it stands so already: no need to blur it
+        return np.array([0, 0, 1, 1])
+    return np.array([left, top, left + side, top + side])
 
 
 def open_reference(path, label, task, model, tokenizer):
@@ -421,8 +423,8 @@ def which_task(ref, label, prompt):
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ref", metavar="IMAGE", help="any image file; its centred square is used")
-    parser.add_argument("--label", default="", help="what to look for in the reference")
+    parser.add_argument("--ref", metavar="IMAGE", help="any image file; of a photograph its centred square")
+    parser.add_argument("--label", default="", help="what the reference shows")
     parser.add_argument("--prompt", default="", help="the picture to draw, in words")
     parser.add_argument("-n", type=at_least(1), default=1, help="how many pictures")
     parser.add_argument("-o", "--output", default="sample.png",
@@ -463,8 +465,8 @@ def main():
     cfg_text = cfg_text if args.cfg_text is None else args.cfg_text
     label = clean_label(args.label)  # as words were in training
     prompt = fill_prompt(task, label, clean_text(args.prompt))
-    references = [open_reference(args.ref, label, task, model, tokenizer)] if args.ref else []
     started = time.time()
+    references = [open_reference(args.ref, label, task, model, tokenizer)] if args.ref else []
     pictures = draw(model, tokenizer, task, [(prompt, references)], n=args.n, seed=args.seed,
                     top_k=args.top_k, temperatures=temperatures, cfg_image=cfg_image, cfg_text=cfg_text,
                     exact=True)

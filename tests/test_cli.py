@@ -92,8 +92,8 @@ def test_a_subject_is_found_and_framed_wherever_it_stands(monkeypatch, where):
 def test_a_subject_that_stands_right_or_is_not_found_is_left_where_it_is():
     star = draw_shape("sun red yellow")
     alone = compose(star.crop(star.getbbox()), Image.new("RGB", (64, 64)), AS_GIVEN)[1]
-    assert sample.part_to_show(np.asarray(alone)) is None
-    assert sample.part_to_show(np.full((64, 64, 3), 20, np.uint8)) is None
+    assert sample.box_to_frame(np.asarray(alone)).tolist() == [0, 0, 1, 1]
+    assert sample.box_to_frame(np.full((64, 64, 3), 20, np.uint8)) is None
 
 
 def test_several_pictures_as_a_grid_or_one_file_each(trained, tmp_path, monkeypatch, capsys):
