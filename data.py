@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, ImageStat
+from PIL import Image, ImageOps
 
 from mentor import TASKS
-from tokenizer import (BLACK, COLOURS, SHAPES, BadInput, alpha_cuts_out, draw_emoji, draw_shape, emoji_font,
-                       open_square, over, read_image)
+from tokenizer import (BACKGROUNDS, BLACK, COLOURS, SHAPES, BadInput, alpha_cuts_out, draw_background,
+                       draw_emoji, draw_shape, emoji_font, fill_outline, open_square, over, read_image,
+                       turn_hue)
 
 say_once = functools.cache(lambda text: print(text, file=sys.stderr))
-
-# -----------------------------------------------------------------------------------------------------------
-# Words
+# ---- Words ------------------------------------------------------------------------------------------------
 
 MAX_LABEL, MAX_BACKGROUND, MAX_CAPTION = 24, 40, 80  # bytes; more would fill the block
 
@@ -37,12 +36,13 @@ def clean_text(text, limit=None):
 
 
 def clean_label(text):
-    """The same as the name of a thing: no article, at most MAX_LABEL bytes."""
-    return clean_text(re.sub(r"^\s*(an?|the)\s+", "", text, flags=re.I), MAX_LABEL)
+    """The same as the name of a thing: no article, at most MAX_LABEL bytes, and where it stands."""
+    text = clean_text(re.sub(r"^\s*(an?|the)\s+", "", text, flags=re.I))
+    name, place = re.fullmatch("(.*?)((?: (?:on|at) the (?:top |bottom |)(?:left|right))?)", text).groups()
+    return clean_text(name, MAX_LABEL) + place
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Subjects: where the cut-outs come from
+# ---- Subjects: where the cut-outs come from ---------------------------------------------------------------
 
 
 class Subject(NamedTuple):
@@ -107,9 +107,8 @@ def file_subject(root, line):
     text = str(record.get("text") or (sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""))
     file_or_class = original.stem if path.parent == root else path.parent.name
     text = clean_text(text, MAX_CAPTION) or clean_text(file_or_class, MAX_CAPTION)
-    name = original.relative_to(root).as_posix()
-    if record.get("subject_id") is not None:
-        name = f"subject_id {record['subject_id']}"
+    subject_id = record.get("subject_id")
+    name = original.relative_to(root).as_posix() if subject_id is None else f"subject_id {subject_id}"
     has_mask, label = mask != path, clean_label(str(record.get("label") or text)) or clean_label(text)
     subject = Subject(f"{root.resolve().name}/{name}", label, "file", str(path), str(mask) * has_mask,
                       alpha_cuts_out(path) or has_mask, text)
@@ -148,8 +147,7 @@ def cutout(subject, size=256):
     return image
 
 
-# -----------------------------------------------------------------------------------------------------------
-# All subjects of a run, found once and kept in an index
+# ---- All subjects of a run, found once and kept in an index -----------------------------------------------
 
 
 def is_held_out(subject):
@@ -186,8 +184,7 @@ def scan(sources):
     """Looks through the sources -> dict(lines, table, report), what Subjects is made of. Raises BadInput."""
     numbers, labels, rows, skipped, lines = {}, set(), [], [], bytearray()
     for source in sources:
-        builtin = {"emoji": emoji_subjects, "shapes": shape_subjects}.get(source)
-        before = len(rows)
+        before, builtin = len(rows), {"emoji": emoji_subjects, "shapes": shape_subjects}.get(source)
         for subject in builtin() if builtin else folder_subjects(source, skipped):
             start, number = len(lines), numbers.setdefault(subject.name, len(numbers))
             lines += json.dumps(subject).encode()
@@ -218,67 +215,7 @@ def load_subjects(sources=None):
     return Subjects(**scan(sources))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Scenes: a subject somewhere on a background
-
-# Drawn by code, so that their words are exactly true. Colours: of the sky, top and foot, and of the ground.
-BACKGROUNDS = {
-    "on the grass": ((90, 170, 240), (205, 232, 250), (125, 195, 80), (60, 140, 50)),
-    "on the beach": ((110, 190, 245), (210, 235, 250), (240, 220, 160), (225, 195, 130)),
-    "in the snow": ((150, 185, 220), (225, 235, 245), (250, 250, 255), (210, 222, 240)),
-    "in the desert": ((240, 180, 100), (252, 228, 175), (228, 175, 100), (190, 130, 70)),
-    "in the city at night": ((12, 14, 45), (55, 45, 95), (48, 48, 58), (28, 28, 34)),
-    "in the forest": ((150, 200, 190), (200, 225, 190), (85, 115, 55), (50, 80, 30)),
-    "under water": ((90, 190, 225), (40, 130, 195), (30, 100, 170), (12, 45, 100)),
-    "in space": ((6, 6, 22), (14, 10, 40), (14, 10, 40), (30, 12, 55)),
-    "at sunset": ((95, 55, 125), (250, 150, 80), (120, 60, 80), (55, 30, 60)),
-    "on the road": ((140, 195, 240), (220, 235, 245), (105, 105, 110), (75, 75, 80)),
-    "in a room": ((238, 218, 190), (228, 205, 172), (165, 110, 68), (120, 75, 45)),
-    **{f"on {'an' if name == 'orange' else 'a'} {name} background": (c,) * 4 for name, c in COLOURS.items()}}
-
-
-def draw_background(words, size, rng):
-    """The background of these words, with its own light, horizon and details -> RGB image, size x size."""
-    big = 2 * size  # drawn twice as large and averaged: smooth edges
-    light = rng.uniform(0.9, 1.1) if words.endswith("background") else rng.uniform(0.9, 1.1, 2).repeat(2)
-    colours = np.clip(np.array(BACKGROUNDS[words]) * np.reshape(light, (-1, 1)), 0, 255)  # (4, 3)
-    sky, sky_low, ground, ground_low = colours
-    # Horizon, place of a thing, dots: in 64ths of the canvas, like all details.
-    h, x, dots = rng.uniform(33, 38), rng.uniform(8, 56), rng.uniform(0, 64, (12, 2))
-    up, down = (np.linspace(0, 1, n)[:, None] for n in (int(h * big / 64), big - int(h * big / 64)))
-    column = np.concatenate([sky + (sky_low - sky) * up, ground + (ground_low - ground) * down])  # (big, 3)
-    image = Image.fromarray(np.broadcast_to(column[:, None], (big, big, 3)).astype(np.uint8))
-
-    def disc(x, y, r, colour):
-        return "ellipse", (x - r, y - r, x + r, y + r), colour
-
-    def box(left, top, right, bottom, colour):
-        return "rectangle", (left, top, right, bottom), colour
-
-    def peak(x, top, width, bottom, colour):
-        return "polygon", (x - width / 2, bottom, x, top, x + width / 2, bottom), colour
-
-    towers = [(i * 11 - x / 5, h - 6 * (2 + int(dot) % 3)) for i, dot in enumerate(dots[:7, 1])]
-    details = {
-        "on the grass": [disc(x + dx, 10, r, (250, 250, 252)) for dx, r in ((-5, 3), (0, 4.5), (5, 3.5))],
-        "on the beach": [box(0, h - 10, 64, h, (45, 130, 195)), box(0, h - 1.5, 64, h, (235, 245, 250))],
-        "in the snow": [peak(x + dx, 10, 40, h, (175, 195, 218)) for dx in (-26, 4, 34)],
-        "in the desert": [disc(x, 14, 6, (255, 240, 190))],
-        "in the city at night":
-            [box(left, top, left + 9, h, (32, 32, 52)) for left, top in towers]
-            + [box(left + 2, y, left + 7, y + 2, (250, 220, 120)) for left, top in towers
-               for y in np.arange(top + 2, h - 2, 6)],
-        "in the forest": [peak(tree, 6, 16, h + 2, (35, 95, 50)) for tree in np.arange(5) * 16 - x / 4],
-        "under water": [disc(*dot, 1.6, (150, 215, 240)) for dot in dots],
-        "in space": [disc(*dot, 0.8, (255, 255, 230)) for dot in dots],
-        "at sunset": [disc(x, 14, 6, (255, 240, 190))],
-        "on the road": [box(0, h, 64, h + 3, (120, 160, 90)), box(0, 57, 64, 59, (240, 240, 225))],
-        "in a room": [box(x - 7, 6, x + 7, 18, (110, 70, 40)), box(x - 5, 8, x + 5, 16, (250, 250, 245))]}
-    draw = ImageDraw.Draw(image)
-    for kind, corners, colour in details.get(words, []):
-        getattr(draw, kind)([c * big / 64 for c in corners], fill=colour)
-    return image.resize((size, size), Image.Resampling.BOX)
-
+# ---- Scenes: subjects somewhere on a background -----------------------------------------------------------
 
 SIZES = {"": 0.75, "small": 0.5}                 # word: side of the subject's box, as a share of the canvas
 PLACES = {"on the left": 0.0, "": 0.5, "on the right": 1.0}
@@ -295,22 +232,45 @@ def named_placement(size, place):
     return Placement(SIZES[size], PLACES[place], 0.5 if size == "" else 0.75)
 
 
-AS_GIVEN = Placement(0.75, 0.5, 0.5)  # how people give a reference: the subject large, in the middle
+AS_GIVEN = Placement(0.75, 0.5, 0.5)  # how a reference is best given: the subject large, in the middle
+# Where several subjects stand: two side by side, or up to four in the quarters, each in whole patches.
+SIDES = {place: named_placement("small", place) for place in ("on the left", "on the right")}
+QUARTERS = {f"at the {row} {column}": Placement(0.5, x, y)
+            for row, y in (("top", 0.0), ("bottom", 1.0)) for column, x in (("left", 0.0), ("right", 1.0))}
 
 
 def free_placement(rng):
     return Placement(rng.uniform(0.5, 0.9), rng.uniform(), rng.uniform())
 
 
-def write_caption(rng, label, background, size=None, place=None):
-    """One of several wordings. size "": big; place "": in the middle; None: unsaid."""
-    size = rng.choice(["", "big"]) if size == "" else size or ""
-    place = rng.choice(["", "in the middle"]) if place == "" else place or ""
-    thing = f"{size} {label}".strip()
-    thing = ("an " if thing[:1] in "aeiou" else "a ") + thing
-    wordings = (f"{thing} {background}, {place}", f"{background}, {thing} {place}",
-                f"{thing} {place}, {background}")
-    return wordings[rng.integers(3)].strip(" ,").replace(" ,", ",")
+def choose_looks(rng, n, anywhere=0.0):
+    """Where n subjects stand -> (placement, size, place) each, the last two in words; None: unsaid. A single
+    one may, with probability `anywhere`, stand where no words say."""
+    if n > 1:
+        slots = SIDES if n == 2 and rng.uniform() < 0.5 else QUARTERS
+        return [(slots[place], None, str(place)) for place in rng.permutation(list(slots))[:n]]
+    if rng.uniform() < anywhere:
+        return [(free_placement(rng), None, None)]
+    size, place = str(rng.choice(list(SIZES))), str(rng.choice(list(PLACES)))
+    return [(named_placement(size, place), size, place)]
+
+
+def write_caption(rng, things, background):
+    """One of several wordings. things: (label, size, place) each, named in any order. size "": big; place "":
+    in the middle; None: unsaid."""
+    phrases = []
+    for i in rng.permutation(len(things)):
+        label, size, place = things[i]
+        size = rng.choice(["", "big"]) if size == "" else size or ""
+        place = rng.choice(["", "in the middle"]) if place == "" else place or ""
+        thing = f"{size} {label}".strip()
+        thing = f"{'an' if thing[:1] in 'aeiou' else 'a'} {thing}"
+        phrases.append(f"{thing} {place}".strip())
+    named = " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+    wordings = [f"{named}, {background}", f"{background}, {named}"]
+    if len(things) == 1:
+        wordings.append(f"{thing} {background}, {place}")
+    return wordings[rng.integers(len(wordings))].strip(" ,")
 
 
 def compose(sprite, background, placement):
@@ -330,20 +290,8 @@ def recolour(sprite, rng):
     if rng.uniform() < 0.5:
         sprite = ImageOps.mirror(sprite)
     if rng.uniform() < 0.6:
-        alpha, shift = sprite.getchannel("A"), int(rng.integers(256))
-        hue, saturation, value = sprite.convert("RGB").convert("HSV").split()
-        hue = hue.point(lambda v: (v + shift) % 256)
-        sprite = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-        sprite.putalpha(alpha)
+        sprite = turn_hue(sprite, int(rng.integers(256)))
     return sprite
-
-
-def fill_outline(sprite, other):
-    """The outline of one sprite with the pixels of another: what is inside must be looked at, too."""
-    mean = ImageStat.Stat(other.convert("RGB"), other.getchannel("A")).mean
-    filled = over(other.resize(sprite.size), (*map(round, mean), 255))  # its mean where it does not reach
-    filled.putalpha(sprite.getchannel("A"))
-    return filled
 
 
 def distort(sprite, rng):
@@ -359,12 +307,25 @@ def distort(sprite, rng):
     return sprite.transform(sprite.size, Image.Transform.QUAD, quad.flatten(), Image.Resampling.BICUBIC)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Tasks
+OPERATIONS = ("cut out", "another scene", "mirror", "grey", "hue")  # that examples show, in-context
+
+
+def operate(operation, scene, alone, mask, behind, turn):
+    """scene: its subject is `alone` on black and covers `mask`; behind: another background; all are uint8 (H,
+    W, 3), the mask (H, W). turn: as turn_hue takes it."""
+    if operation == "another scene":
+        return (alone + behind * (1 - mask[..., None] / 255)).round().astype(np.uint8)
+    if operation == "hue":
+        return np.asarray(turn_hue(Image.fromarray(scene), turn))
+    grey = np.asarray(Image.fromarray(scene).convert("L").convert("RGB"))
+    return {"cut out": alone, "mirror": scene[:, ::-1], "grey": grey}[operation]
+
+
+# ---- Tasks ------------------------------------------------------------------------------------------------
 
 
 class Sample(NamedTuple):
-    label: str
+    labels: tuple         # what the prompt calls its references, and asks for
     caption: str
     references: list      # uint8 (H, W, 3) each
     target: np.ndarray    # uint8 (H, W, 3): the picture to draw
@@ -413,88 +374,127 @@ class Tasks:
     def text_to_image(self, i, subject, rng):
         if not subject.has_cutout:
             return self.plain_picture(subject)
-        return self.scene(subject, cutout(subject, self.size), rng)[0]
+        return self.scene([i], [cutout(subject, self.size)], rng)[0]
 
     def reconstruction(self, i, subject, rng):
         """The target is the reference. One in ten has no caption: a copy needs no words."""
         if not subject.has_cutout:
             scene = self.plain_picture(subject)
         else:
-            scene = self.scene(subject, self.sprite(i, subject, rng), rng, anywhere=0.7)[0]
+            scene = self.scene([i], [self.sprite(i, rng)], rng, anywhere=0.7)[0]
         return scene._replace(references=[scene.target], caption=scene.caption if rng.uniform() < 0.9 else "")
 
     def segmentation(self, i, subject, rng):
-        """The target is the subject's own pixels, in place, on black."""
-        scene, alone, _ = self.scene(subject, self.sprite(i, subject, rng), rng, anywhere=0.7)
-        return scene._replace(references=[scene.target], target=alone)
+        """The target is the subject's own pixels, in place, on black: of the only one in the scene, or of one
+        of several, asked for by label, place or both. Where labels tell them apart they look as they do."""
+        numbers = self.different(i, rng.integers(1, 5), rng)
+        asked_by = str(rng.choice(["label", "place", "both"], p=[0.6, 0.2, 0.2])) if len(numbers) > 1 else ""
+        sprites = [self.sprite(number, rng, change=asked_by != "label") for number in numbers]
+        scene, parts, _ = self.scene(numbers, sprites, rng, anywhere=0.7)
+        alone, mask, place = parts[0]
+        asked = {"place": f"thing {place}", "both": f"{subject.label} {place}"}.get(asked_by, subject.label)
+        return scene._replace(labels=(asked,), references=[scene.target], target=alone, mask=mask)
 
     def recovery(self, i, subject, rng):
         """The reference is the subject distorted, anywhere on another background."""
-        sprite = self.sprite(i, subject, rng)
-        scene, _, background = self.scene(subject, sprite, rng)
+        sprite = self.sprite(i, rng)
+        scene, _, background = self.scene([i], [sprite], rng)
         where = Placement(rng.uniform(0.4, 1.0), rng.uniform(), rng.uniform())
         return scene._replace(references=[self.elsewhere(distort(sprite, rng), where, background, rng)])
 
     def subject_driven(self, i, subject, rng):
-        """The reference is the subject on another background, and another view of it where there is one."""
-        sprite = self.sprite(i, subject, rng)
-        scene, _, background = self.scene(subject, sprite, rng)
-        views = self.other_views(i)
-        if views:
-            sprite = cutout(self.subjects[views[rng.integers(len(views))]], self.size)
-        where = AS_GIVEN if rng.uniform() < 0.7 else free_placement(rng)
-        return scene._replace(references=[self.elsewhere(sprite, where, background, rng)])
+        """The reference is the subject on another background."""
+        return self.redrawn([i], rng)
+
+    def multi_image(self, i, subject, rng):
+        """The references are several subjects, each on another background; the target shows all of them."""
+        return self.redrawn(self.different(i, rng.integers(2, 5), rng), rng)
+
+    def in_context(self, i, subject, rng):
+        """The references are an example, before and after, and a query; the target is what the operation of
+        the example makes of the query, which shows another subject on another background."""
+        operation, turn, pictures = str(rng.choice(OPERATIONS)), int(rng.integers(32, 224)), []
+        behind, _, *names = self.background(rng)
+        for number in (self.different(i, 2, rng)[-1], i):
+            scene, parts, name = self.scene([number], [self.sprite(number, rng)], rng, other_than=names)
+            (alone, mask, _), = parts
+            names.append(name)
+            after = operate(operation, scene.target, alone, mask, np.asarray(behind), turn)
+            pictures += [scene.target, after]
+        *references, target = pictures
+        mask = mask[:, ::-1] if operation == "mirror" else mask
+        return scene._replace(references=references, target=target, mask=mask)
 
     # What they share
 
     def plain_picture(self, subject):
         target = np.asarray(open_square(subject.path, self.size))
-        return Sample(subject.label, subject.caption, [], target, np.zeros_like(target[..., 0]))
+        return Sample((subject.label,), subject.caption, [], target, np.zeros_like(target[..., 0]))
 
     def other_views(self, i):
         views, has_cutout = self.subjects.views(i), self.subjects.table["has_cutout"]
         return [view for view in views if view != i and has_cutout[view]]
 
-    def sprite(self, i, subject, rng):
-        """The subject's cut-out. In training two in five are filled with another subject's pixels, and all
-        are recoloured; not where there are other views, which differ anyway."""
-        sprite = cutout(subject, self.size)
-        if not self.train or self.other_views(i):
+    def sprite(self, i, rng, change=True):
+        """Picture i's cut-out. In training two in five are filled with another subject's pixels, and all are
+        recoloured; not where there are other views, which differ anyway, or without `change`."""
+        sprite = cutout(self.subjects[i], self.size)
+        if not self.train or not change or self.other_views(i):
             return sprite
         if rng.uniform() < 0.4:
             other = self.subjects[self.cutouts[rng.integers(len(self.cutouts))]]
             sprite = fill_outline(sprite, cutout(other, self.size))
         return recolour(sprite, rng)
 
-    def background(self, rng, other_than=None, unnamed=False):
+    def different(self, i, n, rng):
+        """Picture i and up to n - 1 more cut-outs, all of different labels -> list of numbers"""
+        chosen = {self.subjects[i].label: i}
+        for number in rng.choice(self.cutouts, 20):  # (there may be fewer labels)
+            if len(chosen) < n:
+                chosen.setdefault(self.subjects[number].label, number)
+        return list(chosen.values())
+
+    def background(self, rng, other_than=(), unnamed=False):
         """A photograph of --backgrounds, or one drawn by code; where no caption names it, also a plain
-        picture among the subjects -> RGB image, its words, and its name, which is never `other_than`."""
+        picture among the subjects -> RGB image, its words, and its name, which is none of `other_than`."""
         pools = [(self.backgrounds, range(len(self.backgrounds)), 0.5)]
         if unnamed:  # few pictures are taken seldom: they would soon be everywhere
             pools.append((self.subjects, self.plain, min(0.5, len(self.plain) / 40)))
         for pictures, indices, share in pools:
             if len(indices) and rng.uniform() < share:
                 picture = pictures[indices[rng.integers(len(indices))]]
-                if picture.path != other_than:
+                if picture.path not in other_than:
                     image = open_square(picture.path, self.size)
                     return image, clean_text(picture.caption, MAX_BACKGROUND), picture.path
-        words = str(rng.choice([words for words in BACKGROUNDS if words != other_than]))
+        words = str(rng.choice([words for words in BACKGROUNDS if words not in other_than]))
         return draw_background(words, self.size, rng), words, words
 
-    def scene(self, subject, sprite, rng, anywhere=0.0):
-        """The sprite where the caption says or, with probability `anywhere`, where it does not say -> Sample
-        without references, the sprite alone on black, the background's name."""
-        size, place = str(rng.choice(list(SIZES))), str(rng.choice(list(PLACES)))
-        placement = named_placement(size, place)
-        if rng.uniform() < anywhere:
-            placement, size, place = free_placement(rng), None, None
-        image, words, name = self.background(rng)
-        image, alone, mask = compose(sprite, image, placement)
-        caption = write_caption(rng, subject.label, words, size, place)
-        sample = Sample(subject.label, caption, [], np.asarray(image), np.asarray(mask))
-        return sample, np.asarray(alone), name
+    def scene(self, numbers, sprites, rng, anywhere=0.0, other_than=()):
+        """Sprites of these pictures, as the caption says -> Sample without references; of each what it shows
+        alone on black, its mask, its place in words; the background's name."""
+        looks, parts = choose_looks(rng, len(sprites), anywhere), []
+        image, words, name = self.background(rng, other_than)
+        for sprite, (placement, _, place) in zip(sprites, looks):
+            image, alone, mask = compose(sprite, image, placement)
+            parts.append((np.asarray(alone), np.asarray(mask), place))
+        labels = tuple(self.subjects[number].label for number in numbers)
+        caption = write_caption(rng, [(label, *look[1:]) for label, look in zip(labels, looks)], words)
+        mask = np.maximum.reduce([mask for _, mask, _ in parts])
+        return Sample(labels, caption, [], np.asarray(image), mask), parts, name
 
     def elsewhere(self, sprite, placement, other_than, rng):
         """A reference: the sprite on another background than the target's."""
-        image, _, _ = self.background(rng, other_than, unnamed=True)
+        image, _, _ = self.background(rng, [other_than], unnamed=True)
         return np.asarray(compose(sprite, image, placement)[0])
+
+    def redrawn(self, numbers, rng):
+        """A scene of these pictures' subjects. The references show them elsewhere, in another view if any."""
+        sprites = [self.sprite(number, rng) for number in numbers]
+        scene, _, background = self.scene(numbers, sprites, rng)
+        for number, sprite in zip(numbers, sprites):
+            views = self.other_views(number)
+            if views:
+                sprite = cutout(self.subjects[views[rng.integers(len(views))]], self.size)
+            where = AS_GIVEN if rng.uniform() < 0.7 else free_placement(rng)
+            scene.references.append(self.elsewhere(sprite, where, background, rng))
+        return scene

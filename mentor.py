@@ -5,10 +5,10 @@ r"""MENTOR in one file: a transformer that draws an image, patch by patch, from 
 
 One sequence, one causal transformer, one loss: cross-entropy on the picture's codes (arXiv 2507.09574,
 section 3). Each c, s and t is one place in the sequence: a patch, named by a few codes, coarse to fine
-(tokenizer.py); c is the reference as it is, s the same at two thirds. Read on in the order in which data
-flows: configuration, tasks, sequence, attention, block, model, drawing.
+(tokenizer.py); c is the reference as it is, s the same at two thirds.
 """
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,8 +19,7 @@ from torch import nn
 
 from tokenizer import BadInput, has_bf16, repeat
 
-# -----------------------------------------------------------------------------------------------------------
-# Configuration and vocabulary
+# ---- Configuration and vocabulary -------------------------------------------------------------------------
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Config:
     n_layer: int = 6
     n_head: int = 4
     n_embd: int = 256
-    block_size: int = 296       # longest sequence, in tokens: text bytes, references and picture together
+    block_size: int = 600       # longest sequence, in tokens: text bytes, references and picture together
     reference_sizes: tuple = (1.0, 2 / 3)  # a reference enters as it is, and once more so much smaller
 
     @property
@@ -48,43 +47,48 @@ class Config:
 
 CONFIGS = {
     "test": Config(image_size=32, n_codebooks=3, codebook_size=64, code_dim=8, channels=32, n_layer=2,
-                   n_head=2, n_embd=64, block_size=176),
+                   n_head=2, n_embd=64, block_size=480),
     "cpu": Config(),
     "gpu": Config(image_size=128, codebook_size=4096, channels=128, n_layer=12, n_head=12, n_embd=768,
-                  block_size=784),
+                  block_size=1248),
     "paper": Config(image_size=512, downsample=16, n_codebooks=1, codebook_size=16384, channels=256,
-                    n_layer=36, n_head=20, n_embd=1280, block_size=5 * 1024 + 512, reference_sizes=(1.0,)),
+                    n_layer=36, n_head=20, n_embd=1280, block_size=5 * 1024 + 512),
 }
 # 256 bytes, then: begin of sequence, begin and end of an image, padding, and CODE, a patch of an image. Which
 # codes the patch has stands beside its id, in its place (build_sequence).
 BOS, BOI, EOI, PAD, CODE = range(256, 261)
 
-# -----------------------------------------------------------------------------------------------------------
-# The tasks. To add one, colourisation say, write a row here, a method of its name (with _ for -) in data.py's
+# ---- The tasks --------------------------------------------------------------------------------------------
+# To add one, colourisation say, write a row here, a method of its name (with _ for -) in data.py's
 # Tasks, which gives as many references as the prompt has <image>, and its share in train.py's MIXES. To draw
 # with it, say in sample.py (which_task) what a user gives for it.
 
 
 class Task(NamedTuple):
-    prompt: str         # the official code's wording; <image> is where a reference stands
+    prompt: str         # <image>: a reference stands there; the first line is said once a label
     cfg_image: float    # the guidance that suits it, towards the reference
     cfg_text: float     # and towards the text: copying wants little, composing more
     needs_cutout: bool  # False: a picture without alpha or mask will do
-    n_sizes: int = 2    # of Config.reference_sizes, at which a reference enters: one where it keeps its own
+    sizes: tuple = (0, 1)  # which of Config.reference_sizes references enter at: those that its targets have
 
 
 TASKS = {
     "text-to-image": Task("{caption}", 3.0, 3.0, needs_cutout=False),
-    "reconstruction": Task("The image is <image>\n{caption}", 1.0, 1.0, needs_cutout=False, n_sizes=1),
-    "segmentation": Task("The {label} in <image>.", 1.5, 1.5, needs_cutout=True, n_sizes=1),
+    "reconstruction": Task("The image is <image>\n{caption}", 1.0, 1.0, needs_cutout=False, sizes=(0,)),
+    "segmentation": Task("The {label} in <image>.", 1.5, 1.5, needs_cutout=True, sizes=(0,)),
     "recovery": Task("The {label} in <image>.\n{caption}", 2.0, 2.0, needs_cutout=True),
     "subject-driven": Task("The {label} in <image>.\n{caption}", 3.0, 2.0, needs_cutout=True),
+    "multi-image": Task("The {label} in <image>.\n{caption}", 3.0, 2.0, needs_cutout=True, sizes=(1,)),
+    "in-context": Task("<image> becomes <image>.\n<image> becomes", 2.0, 1.0, needs_cutout=True, sizes=(0,)),
 }
 
 
-def fill_prompt(task, label="", caption=""):
+def fill_prompt(task, labels=("",), caption=""):
     """-> the texts around the images: n + 1 strings for n images. `<image>` in a label stays plain text."""
-    return [piece.format(label=label, caption=caption) for piece in TASKS[task].prompt.split("<image>")]
+    said_of_each, *rest = TASKS[task].prompt.split("\n")
+    pieces = "\n".join([" ".join([said_of_each] * len(labels)), *rest]).split("<image>")
+    return [piece.format(label=label, caption=caption)
+            for piece, label in itertools.zip_longest(pieces, labels, fillvalue="")]
 
 
 def hide_condition(pieces, references, hide):
@@ -95,29 +99,28 @@ def hide_condition(pieces, references, hide):
     return ([""] * len(pieces) if hide == "text" else pieces), references
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The sequence
+# ---- The sequence -----------------------------------------------------------------------------------------
 
 
-def reference_patches(config, n_sizes=None):
-    """Which patches of a reference enter: of the picture at each size, centred on its own canvas of N
-    patches, those that it fills -> their numbers, counted through all canvases, one size after the other."""
+def reference_patches(config, sizes=(0, 1)):
+    """Which patches of a reference enter at these sizes (indices of Config.reference_sizes): of each, centred
+    on its own canvas of N patches, those that it fills -> their numbers, counted through all canvases."""
     numbers = []
-    for i, size in enumerate(config.reference_sizes[:n_sizes]):
+    for i, size in enumerate(config.reference_sizes[index] for index in sizes):
         first, end = math.floor(config.side * (1 - size) / 2), math.ceil(config.side * (1 + size) / 2)
         canvas = torch.arange(config.n_codes * i, config.n_codes * (i + 1)).view(config.side, config.side)
         numbers.append(canvas[first:end, first:end].flatten())
     return torch.cat(numbers)
 
 
-def build_sequence(config, pieces, references, target=None):
+def build_sequence(config, pieces, references, target=None, sizes=(0, 1)):
     """Texts with images between them -> one sequence.
 
-    pieces: strings. references: at most one behind each piece: its reference_patches' codes, (N or more,
-    n_codebooks). target: the picture's (N, n_codebooks). -> ids (T,), places (T, 3 + n_codebooks). With a
-    target the last N tokens are <boi> and all its patches but the last: each predicts the codes of the next
-    patch. Without one, the sequence ends with <boi>, ready to draw. Raises BadInput if it does not fit the
-    block, with the number of bytes that do.
+    pieces: strings. references: at most one behind each piece: the codes of its patches that enter at these
+    sizes (reference_patches), n_codebooks each. target: the picture's (N, n_codebooks). -> ids (T,), places
+    (T, 3 + n_codebooks). With a target the last N tokens are <boi> and all its patches but the last: each
+    predicts the codes of the next patch. Without one, the sequence ends with <boi>, ready to draw. Raises
+    BadInput if it does not fit the block, with the number of bytes that do.
 
     A place says where a token stands and, if it is a patch, what is there: (order, row, column, code, code,
     ...). The first three turn one rotary axis each. All patches of an image, at one size, share one order. A
@@ -136,11 +139,11 @@ def build_sequence(config, pieces, references, target=None):
         if i < len(references):
             ids += [BOI] + [CODE] * len(references[i]) + [EOI]
             places.append((order, 0, 0, *no_codes))
-            for number, codes in zip(reference_patches(config).tolist(), references[i].tolist()):
-                size, patch = divmod(number, config.n_codes)
-                places.append((order + 1 + size, *grid[patch], *codes))
-            places.append((order + 2 + size, 0, 0, *no_codes))
-            order += 3 + size
+            for number, codes in zip(reference_patches(config, sizes).tolist(), references[i].tolist()):
+                canvas, patch = divmod(number, config.n_codes)
+                places.append((order + 1 + sizes[canvas], *grid[patch], *codes))
+            order += 2 + len(config.reference_sizes)
+            places.append((order - 1, 0, 0, *no_codes))
     room = config.block_size - (len(ids) + config.n_codes)
     if room < 0:
         n_bytes = len("".join(pieces).encode())
@@ -165,8 +168,7 @@ def pad_sequences(sequences, multiple=1):
     return ids, places, lengths
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The transformer
+# ---- The transformer --------------------------------------------------------------------------------------
 
 
 def rms_norm(x):
@@ -185,8 +187,7 @@ def rotary_table(positions, config):
     """
     head_dim, side, angles = config.n_embd // config.n_head, config.side, []
     n_order, n_grid = head_dim // 4, head_dim // 8  # pairs that turn with the order; with row or column
-    for axis, n_pairs, fastest, base in ((0, n_order, 1.0, 10000), (1, n_grid, torch.pi, side),
-                                         (2, n_grid, torch.pi, side)):
+    for axis, (n_pairs, fastest, base) in enumerate([(n_order, 1.0, 10000)] + 2 * [(n_grid, torch.pi, side)]):
         frequency = fastest * base ** (-torch.arange(n_pairs, device=positions.device) / n_pairs)
         angles.append(positions[:, None, :, axis, None] * frequency)  # (B, 1, T, n_pairs)
     angles = torch.cat(angles, -1)  # (B, 1, T, head_dim / 2)
@@ -218,12 +219,6 @@ class KVCache(NamedTuple):
     slots: torch.Tensor   # (T,): which of the S are theirs
     mask: torch.Tensor    # (B, 1, T, S) or (T, S): 0 where they look, -inf where not
 
-    def update(self, k, v):
-        """Keeps the keys and values of the query tokens (B, n_head, T, head_dim) -> those of all."""
-        self.keys.index_copy_(2, self.slots, k.to(self.keys.dtype))
-        self.values.index_copy_(2, self.slots, v.to(self.values.dtype))
-        return self.keys, self.values
-
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
@@ -245,7 +240,8 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = attend(q.to(v.dtype), k.to(v.dtype), v)
         else:
-            keys, values = cache.update(k, v)  # (B, n_head, S, head_dim)
+            keys = cache.keys.index_copy_(2, cache.slots, k.to(cache.keys.dtype))  # (B, n_head, S, head_dim)
+            values = cache.values.index_copy_(2, cache.slots, v.to(cache.values.dtype))
             y = attend(q.to(keys.dtype), keys, values, cache.mask)
         return self.proj(y.transpose(1, 2).reshape(B, T, C).to(v.dtype))
 
@@ -354,8 +350,7 @@ class Mentor(nn.Module):
         return torch.stack(nats, -1).view(target.shape)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Drawing with guidance
+# ---- Drawing with guidance --------------------------------------------------------------------------------
 
 TEMPERATURES = (0.3, 0.2, 0.15, 0.1, 0.05, 0.02)  # one a codebook: the finer, the cooler
 GROUP_SIZE = 8  # pictures side by side: more would share more of the prompt, but compute more that is masked
@@ -402,7 +397,8 @@ class Drawing:
     branch by branch, group by group. All that a step reads or writes is allocated before and changed in
     place, and no step brings a number to Python: so a CUDA graph or torch.compile can take it."""
 
-    def __init__(self, model, prompts, n, seed, temperatures, top_k, cfg_image, cfg_text, exact=False):
+    def __init__(self, model, prompts, n, seed, temperatures, top_k, cfg_image, cfg_text, exact=False,
+                 sizes=(0, 1)):
         config, device, levels = model.config, model.head_gain.device, model.config.n_codebooks
         self.model, self.top_k = drawing_copy(model, exact), top_k
         self.temperatures = temperatures[:levels]
@@ -419,7 +415,7 @@ class Drawing:
 
         branches = [guidance_branches(*prompt, cfg_image, cfg_text) for prompt in prompts]
         self.weights = torch.tensor([weight for weight, _, _ in branches[0]], device=device)
-        sequences = [build_sequence(config, *prompt) for row in branches for _, *prompt in row]
+        sequences = [build_sequence(config, *prompt, sizes=sizes) for row in branches for _, *prompt in row]
         self.prefill(*(x.to(device) for x in pad_sequences(sequences)), n_groups)
 
     def prefill(self, ids, places, lengths, n_groups):
@@ -486,14 +482,14 @@ class Drawing:
 
 @torch.inference_mode()
 def generate(model, prompts, n=1, seed=0, temperatures=TEMPERATURES, top_k=0, cfg_image=1.0, cfg_text=1.0,
-             exact=False):
+             exact=False, sizes=(0, 1)):
     """Draws n pictures of each prompt -> codes (len(prompts) * n, N, n_codebooks).
 
-    prompts: list of (pieces, references), as build_sequence takes them. temperatures: one a codebook. Row i
-    of the result uses the random numbers of seed + i, whatever is drawn beside it. exact: in fp32, where that
-    makes it the same picture; in bf16 rounding may turn it into another.
+    prompts: list of (pieces, references), as build_sequence takes them, and sizes, too. temperatures: one a
+    codebook. Row i of the result uses the random numbers of seed + i, whatever is drawn beside it. exact: in
+    fp32, where that makes it the same picture; in bf16 rounding may turn it into another.
     """
-    drawing = Drawing(model, prompts, n, seed, temperatures, top_k, cfg_image, cfg_text, exact)
+    drawing = Drawing(model, prompts, n, seed, temperatures, top_k, cfg_image, cfg_text, exact, sizes)
     drawing.draw_patch()
     repeat(drawing.step, model.config.n_codes - 1, drawing.codes.device)
     return drawing.codes.unflatten(0, (len(prompts), -1))[:, :n].flatten(0, 1)

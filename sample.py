@@ -1,15 +1,18 @@
 """Draws pictures. The task follows from what is given:
 
     python sample.py --ref dog.png --label dog --prompt "a dog on the beach"    this dog, in a new scene
-    python sample.py --ref dog.png --label dog                                  the dog, cut out, on black
+    python sample.py --ref dog.png --label dog --ref cat.png --label cat \\
+        --prompt "a dog on the left and a cat on the right, on the beach"       both; up to four
+    python sample.py --ref scene.png --label "cat on the left"                  that cat, cut out, on black
+    python sample.py --example before.png after.png --ref query.png             what the example does to one
     python sample.py --ref dog.png                      the picture itself, redrawn (--prompt may describe it)
-    python sample.py --prompt "a dog on the beach"                              text alone
-    python sample.py --prompt "a small cat in space" -n 8 -o cats.png           eight pictures, as one grid
+    python sample.py --prompt "a dog on the beach" -n 8 -o dogs.png             text alone; eight, as a grid
 """
 import argparse
 import contextlib
 import dataclasses
 import errno
+import itertools
 import math
 import os
 import signal
@@ -31,8 +34,7 @@ from mentor import (TASKS, TEMPERATURES, Config, Mentor, build_sequence, fill_pr
 from tokenizer import (BadInput, Tokenizer, autocast, from_bytes, open_square, quality, read_image,
                        save_sheet, to_arrays, to_images, whole_file)
 
-# -----------------------------------------------------------------------------------------------------------
-# From a prompt to pictures
+# ---- From a prompt to pictures ----------------------------------------------------------------------------
 
 VERSION = 4  # of the checkpoints: raised whenever older ones no longer fit
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "cpu.pt")
@@ -94,8 +96,8 @@ def at_sizes(config, task, picture):
     """A reference, uint8 (H, W, 3), as it enters in this task -> a picture a size: shrunk towards the middle,
     its edges continued."""
     pictures = []
-    for size in config.reference_sizes[:TASKS[task].n_sizes]:
-        margin = round(len(picture) * (1 / size - 1) / 2)
+    for index in TASKS[task].sizes:
+        margin = round(len(picture) * (1 / config.reference_sizes[index] - 1) / 2)
         wider = np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
         shrunk = Image.fromarray(wider).resize(picture.shape[:2], Image.Resampling.BICUBIC)
         pictures.append(np.asarray(shrunk))
@@ -107,13 +109,13 @@ def draw(model, tokenizer, task, prompts, **how):
     """prompts: list of (pieces, references), the texts around the references and the references, uint8 (H, W,
     3). how: as mentor.generate takes it -> uint8 (len(prompts) * n, H, W, 3). Raises BadInput where a text is
     too long."""
-    def encode(reference):  # -> codes (N or more, n_codebooks)
-        pictures = at_sizes(model.config, task, reference)
-        codes = tokenizer.encode(to_images(pictures, model.head_gain.device))  # (sizes, N, n_codebooks)
-        return codes.flatten(0, 1)[reference_patches(model.config, len(pictures))]
+    def encode(reference):  # -> codes (patches, n_codebooks)
+        pictures = to_images(at_sizes(model.config, task, reference), model.head_gain.device)
+        codes = tokenizer.encode(pictures)  # (sizes, N, n_codebooks)
+        return codes.flatten(0, 1)[reference_patches(model.config, TASKS[task].sizes)]
 
     encoded = [(pieces, [encode(reference) for reference in references]) for pieces, references in prompts]
-    return to_arrays(tokenizer.decode(generate(model, encoded, **how)))
+    return to_arrays(tokenizer.decode(generate(model, encoded, sizes=TASKS[task].sizes, **how)))
 
 
 def frame_subjects(model, tokenizer, labels, pictures):
@@ -123,7 +125,7 @@ def frame_subjects(model, tokenizer, labels, pictures):
     size, task = model.config.image_size, TASKS["segmentation"]
     framed = [np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
               for picture in pictures]
-    prompts = [(fill_prompt("segmentation", label), [picture]) for label, picture in zip(labels, framed)]
+    prompts = [(fill_prompt("segmentation", [label]), [picture]) for label, picture in zip(labels, framed)]
     cut_out = draw(model, tokenizer, "segmentation", prompts, exact=True, cfg_image=task.cfg_image,
                    cfg_text=task.cfg_text)
     for i, (picture, alone) in enumerate(zip(pictures, cut_out)):
@@ -156,7 +158,7 @@ def box_to_frame(alone):
 def open_reference(path, label, task, model, tokenizer):
     """An image file as the task shows it -> uint8 (image_size, image_size, 3). Raises BadInput."""
     size = model.config.image_size
-    if task != "subject-driven":
+    if task not in ("subject-driven", "multi-image"):
         return np.asarray(open_square(path, size))
     image = read_image(path)
     if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 128:  # a cut-out: nothing to be found
@@ -165,8 +167,7 @@ def open_reference(path, label, task, model, tokenizer):
     return frame_subjects(model, tokenizer, [label], [np.asarray(open_square(path, 4 * size))])[0]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# From samples to batches
+# ---- From samples to batches ------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -181,10 +182,11 @@ class Batch(NamedTuple):
 def collate(config, size, samples):
     """Samples, sorted by length and split -> list of Batch, `size` rows each: short sequences are not padded
     to the longest. The batches are of equal size, so the mean of their losses is the loss of all samples."""
-    prompts = [hide_condition(fill_prompt(s.task, s.label, s.caption), s.references, s.hide) for s in samples]
+    prompts = [hide_condition(fill_prompt(s.task, s.labels, s.caption), s.references, s.hide)
+               for s in samples]
     rows = [(pieces, [at_sizes(config, s.task, reference) for reference in references], s)
             for s, (pieces, references) in zip(samples, prompts)]
-    rows.sort(key=lambda row: (len(row[1]), len("".join(row[0]).encode())))
+    rows.sort(key=lambda row: config.n_codes * sum(map(len, row[1])) + len("".join(row[0]).encode()))
     return [lay_out(config, rows[i:i + size]) for i in range(0, len(rows), size)]
 
 
@@ -193,12 +195,13 @@ def lay_out(config, rows):
     Batch"""
     numbered = dataclasses.replace(config, n_codebooks=1)  # a patch has its number now, its codes later
     N, pictures, sequences = config.n_codes, [sample.target for _, _, sample in rows], []
-    for i, (pieces, references, _) in enumerate(rows):
-        numbers = []
-        for sizes in references:
-            numbers.append(N * len(pictures) + reference_patches(config, len(sizes))[:, None])
-            pictures += sizes
-        sequences.append(build_sequence(numbered, pieces, numbers, N * i + torch.arange(N)[:, None]))
+    for i, (pieces, references, sample) in enumerate(rows):
+        numbers, sizes = [], TASKS[sample.task].sizes
+        for reference in references:
+            numbers.append(N * len(pictures) + reference_patches(config, sizes)[:, None])
+            pictures += reference
+        target = N * i + torch.arange(N)[:, None]
+        sequences.append(build_sequence(numbered, pieces, numbers, target, sizes))
     masks = torch.from_numpy(np.stack([sample.mask for _, _, sample in rows]))  # (B, H, W)
     coverage = F.avg_pool2d(masks[:, None].float(), config.downsample).flatten(1) / 255
     # Compiled once for each length that occurs, so only multiples of 32 do.
@@ -220,8 +223,7 @@ def stack_pictures(samples):
     return [torch.from_numpy(np.stack([image for s in samples for image in (s.target, *s.references)]))]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Looking at what a model has learnt
+# ---- Looking at what a model has learnt -------------------------------------------------------------------
 
 
 SUBJECT_PATCH = 0.6  # "on the subject": on the patches of which it covers more than this
@@ -250,7 +252,7 @@ def held_out_losses(model, tokenizer, datasets, n, device):
         if task == looked_at:
             pairs = list(zip(samples, samples[1:] + samples[:1]))
             other_reference, blind = mean_losses([a._replace(references=b.references) for a, b in pairs])
-            other_text, _ = mean_losses([a._replace(label=b.label, caption=b.caption) for a, b in pairs])
+            other_text, _ = mean_losses([a._replace(labels=b.labels, caption=b.caption) for a, b in pairs])
             losses["reference gain"] = other_reference - losses[task]
             losses["prompt gain"] = other_text - losses[task]
             losses["on the subject"] = on_subject.tolist()
@@ -275,7 +277,7 @@ def draw_samples(model, tokenizer, samples, path):
     """samples: task -> list of data.Sample. Draws each into one labelled PNG: reference, target, drawn."""
     rows = {}
     for task, row in samples.items():
-        prompts = [(fill_prompt(task, s.label, s.caption), s.references) for s in row]
+        prompts = [(fill_prompt(task, s.labels, s.caption), s.references) for s in row]
         guidance = {"cfg_image": TASKS[task].cfg_image, "cfg_text": TASKS[task].cfg_text}
         rows[task] = row, draw(model, tokenizer, task, prompts, **guidance)
     save_samples(rows, path)
@@ -289,13 +291,12 @@ def save_samples(rows, path):
         cells = []
         for i, s in enumerate(samples):
             images = [*s.references, s.target, *(() if drawn is None else [drawn[i]])]
-            cells.append(("<image>".join(fill_prompt(task, s.label, s.caption)), images))
+            cells.append(("<image>".join(fill_prompt(task, s.labels, s.caption)), images))
         sheet.append((f"{task}: {', '.join(columns)}", cells))
     save_sheet(sheet, path)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# How a script speaks and stops
+# ---- How a script speaks and stops ------------------------------------------------------------------------
 
 STOPS = (signal.SIGINT, signal.SIGTERM)  # training saves, and leaves
 
@@ -406,25 +407,36 @@ def follow_main(worker):
     threading.Thread(target=watch, daemon=True).start()
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line -------------------------------------------------------------------------------------
 
 
-def which_task(ref, label, prompt):
-    if label and not ref:
-        raise BadInput(f"--label {label}: says what to look for in a reference; give --ref IMAGE too, "
-                       "or leave it out")
-    if not ref and not prompt:
+def which_task(refs, labels, prompt, example):
+    """Raises BadInput where what is given makes no task."""
+    if example:
+        if len(refs) != 1 or labels or prompt:
+            raise BadInput("--example: give one --ref to do the same to, and no --label or --prompt")
+        return "in-context"
+    if not refs and not prompt and not labels:
         raise BadInput("nothing to draw: give --prompt, --ref, or both (--help shows the tasks)")
-    if not ref:
-        return "text-to-image"
-    return "reconstruction" if not label else "subject-driven" if prompt else "segmentation"
+    if len(refs) > 4:
+        raise BadInput(f"--ref {len(refs)} times: four at most fit one picture")
+    if len(refs) != len(labels) and (labels or len(refs) > 1):
+        raise BadInput(f"--ref {len(refs)} times and --label {len(labels)} times: give a --label for each "
+                       "--ref, in their order: what to look for in it")
+    if len(refs) > 1 and not prompt:
+        raise BadInput(f"--ref {len(refs)} times: say with --prompt where each of them stands")
+    if len(refs) != 1:
+        return "multi-image" if refs else "text-to-image"
+    return "reconstruction" if not labels else "subject-driven" if prompt else "segmentation"
 
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ref", metavar="IMAGE", help="any image file; of a photograph its centred square")
-    parser.add_argument("--label", default="", help="what the reference shows")
+    parser.add_argument("--ref", metavar="IMAGE", action="append", default=[],
+                        help="any image file; of a photograph its centred square (up to four times)")
+    parser.add_argument("--label", action="append", default=[], help="what each reference shows")
+    parser.add_argument("--example", metavar=("BEFORE", "AFTER"), nargs=2, default=[],
+                        help="two pictures that show what to do to the reference")
     parser.add_argument("--prompt", default="", help="the picture to draw, in words")
     parser.add_argument("-n", type=at_least(1), default=1, help="how many pictures")
     parser.add_argument("-o", "--output", default="sample.png",
@@ -434,9 +446,8 @@ def parse_args():
                         help="0 takes the likeliest codes; a number, or one a codebook (default: "
                              f"{' '.join(map(str, TEMPERATURES))})")
     parser.add_argument("--top-k", type=at_least(0), default=0, help="draw from the k likeliest (0: all)")
-    parser.add_argument("--cfg", type=from_zero, help="guidance, for image and text (default: the task's)")
-    parser.add_argument("--cfg-image", type=from_zero, help="how closely to follow the reference")
-    parser.add_argument("--cfg-text", type=from_zero, help="how closely to follow the text")
+    parser.add_argument("--cfg-image", type=from_zero, help="how closely to follow the references")
+    parser.add_argument("--cfg-text", type=from_zero, help="and the text (default: as suits the task)")
     parser.add_argument("--ckpt", help="a trained model (default: out/stage2.pt, or else weights/cpu.pt)")
     add_device_flag(parser)
     args = parser.parse_args()
@@ -448,7 +459,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    task = which_task(args.ref, args.label, args.prompt)
+    task = which_task(args.ref, args.label, args.prompt, args.example)
     if task == "reconstruction" and args.prompt:
         say("no --label: the reference is copied; add --label to draw its subject as --prompt says")
     trained = os.path.join("out", "stage2.pt")
@@ -458,25 +469,22 @@ def main():
     temperatures = args.temperature * levels if len(args.temperature) == 1 else args.temperature
     if args.temperature is not TEMPERATURES and len(temperatures) != levels:
         raise BadInput(f"--temperature: give one number, or {levels}, one for each codebook of {path}")
-    cfg_image, cfg_text = TASKS[task].cfg_image, TASKS[task].cfg_text
-    if args.cfg is not None:
-        cfg_image = cfg_text = args.cfg
-    cfg_image = cfg_image if args.cfg_image is None else args.cfg_image
-    cfg_text = cfg_text if args.cfg_text is None else args.cfg_text
-    label = clean_label(args.label)  # as words were in training
-    prompt = fill_prompt(task, label, clean_text(args.prompt))
+    cfg_image = TASKS[task].cfg_image if args.cfg_image is None else args.cfg_image
+    cfg_text = TASKS[task].cfg_text if args.cfg_text is None else args.cfg_text
+    labels = [clean_label(label) for label in args.label]  # as words were in training
+    prompt = fill_prompt(task, labels or [""], clean_text(args.prompt))
     started = time.time()
-    references = [open_reference(args.ref, label, task, model, tokenizer)] if args.ref else []
+    references = [open_reference(path, label, task, model, tokenizer)
+                  for path, label in itertools.zip_longest([*args.example, *args.ref], labels)]
     pictures = draw(model, tokenizer, task, [(prompt, references)], n=args.n, seed=args.seed,
                     top_k=args.top_k, temperatures=temperatures, cfg_image=cfg_image, cfg_text=cfg_text,
                     exact=True)
     seconds = (time.time() - started) / args.n
 
-    as_grid = args.output.lower().endswith(".png") and args.n > 1
-    if as_grid:
+    if args.output.lower().endswith(".png") and args.n > 1:  # as a grid
         paths = [args.output]
         cells = [(f"seed {args.seed + i}", [picture]) for i, picture in enumerate(pictures)]
-        titles = [args.prompt or args.label] + [""] * args.n
+        titles = [args.prompt or " ".join(args.label)] + [""] * args.n
         save_sheet([(titles[i // 4], cells[i:i + 4]) for i in range(0, args.n, 4)], args.output)
     else:
         in_folder = [os.path.join(args.output, f"{args.seed + i}.png") for i in range(args.n)]

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat
 from torch import nn
 
 
@@ -31,8 +31,7 @@ class BadInput(Exception):
     """What the user can mend: ends a script with one line and exit code 2. All else is a bug of ours."""
 
 
-# -----------------------------------------------------------------------------------------------------------
-# What the machine can do
+# ---- What the machine can do ------------------------------------------------------------------------------
 
 
 def has_bf16(device):
@@ -98,8 +97,7 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Pictures in: from files, from the emoji font, drawn by code
+# ---- Pictures in: from files, from the emoji font, drawn by code ------------------------------------------
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 megapixels are no picture
 BLACK, WHITE = (0, 0, 0, 255), (255, 255, 255, 255)
@@ -189,6 +187,82 @@ def draw_shape(recipe):
     return image
 
 
+# Their words are exactly true. Colours: of the sky, top and foot, and of the ground.
+BACKGROUNDS = {
+    "on the grass": ((90, 170, 240), (205, 232, 250), (125, 195, 80), (60, 140, 50)),
+    "on the beach": ((110, 190, 245), (210, 235, 250), (240, 220, 160), (225, 195, 130)),
+    "in the snow": ((150, 185, 220), (225, 235, 245), (250, 250, 255), (210, 222, 240)),
+    "in the desert": ((240, 180, 100), (252, 228, 175), (228, 175, 100), (190, 130, 70)),
+    "in the city at night": ((12, 14, 45), (55, 45, 95), (48, 48, 58), (28, 28, 34)),
+    "in the forest": ((150, 200, 190), (200, 225, 190), (85, 115, 55), (50, 80, 30)),
+    "under water": ((90, 190, 225), (40, 130, 195), (30, 100, 170), (12, 45, 100)),
+    "in space": ((6, 6, 22), (14, 10, 40), (14, 10, 40), (30, 12, 55)),
+    "at sunset": ((95, 55, 125), (250, 150, 80), (120, 60, 80), (55, 30, 60)),
+    "on the road": ((140, 195, 240), (220, 235, 245), (105, 105, 110), (75, 75, 80)),
+    "in a room": ((238, 218, 190), (228, 205, 172), (165, 110, 68), (120, 75, 45)),
+    **{f"on {'an' if name == 'orange' else 'a'} {name} background": (c,) * 4 for name, c in COLOURS.items()}}
+
+
+def draw_background(words, size, rng):
+    """The background of these words, with its own light, horizon and details -> RGB image, size x size."""
+    big = 2 * size  # drawn twice as large and averaged: smooth edges
+    light = rng.uniform(0.9, 1.1) if words.endswith("background") else rng.uniform(0.9, 1.1, 2).repeat(2)
+    colours = np.clip(np.array(BACKGROUNDS[words]) * np.reshape(light, (-1, 1)), 0, 255)  # (4, 3)
+    sky, sky_low, ground, ground_low = colours
+    # Horizon, place of a thing, dots: in 64ths of the canvas, like all details.
+    h, x, dots = rng.uniform(33, 38), rng.uniform(8, 56), rng.uniform(0, 64, (12, 2))
+    up, down = (np.linspace(0, 1, n)[:, None] for n in (int(h * big / 64), big - int(h * big / 64)))
+    column = np.concatenate([sky + (sky_low - sky) * up, ground + (ground_low - ground) * down])  # (big, 3)
+    image = Image.fromarray(np.broadcast_to(column[:, None], (big, big, 3)).astype(np.uint8))
+
+    def disc(x, y, r, colour):
+        return "ellipse", (x - r, y - r, x + r, y + r), colour
+
+    def box(left, top, right, bottom, colour):
+        return "rectangle", (left, top, right, bottom), colour
+
+    def peak(x, top, width, bottom, colour):
+        return "polygon", (x - width / 2, bottom, x, top, x + width / 2, bottom), colour
+
+    towers = [(i * 11 - x / 5, h - 6 * (2 + int(dot) % 3)) for i, dot in enumerate(dots[:7, 1])]
+    details = {
+        "on the grass": [disc(x + dx, 10, r, (250, 250, 252)) for dx, r in ((-5, 3), (0, 4.5), (5, 3.5))],
+        "on the beach": [box(0, h - 10, 64, h, (45, 130, 195)), box(0, h - 1.5, 64, h, (235, 245, 250))],
+        "in the snow": [peak(x + dx, 10, 40, h, (175, 195, 218)) for dx in (-26, 4, 34)],
+        "in the desert": [disc(x, 14, 6, (255, 240, 190))],
+        "in the city at night":
+            [box(left, top, left + 9, h, (32, 32, 52)) for left, top in towers]
+            + [box(left + 2, y, left + 7, y + 2, (250, 220, 120)) for left, top in towers
+               for y in np.arange(top + 2, h - 2, 6)],
+        "in the forest": [peak(tree, 6, 16, h + 2, (35, 95, 50)) for tree in np.arange(5) * 16 - x / 4],
+        "under water": [disc(*dot, 1.6, (150, 215, 240)) for dot in dots],
+        "in space": [disc(*dot, 0.8, (255, 255, 230)) for dot in dots],
+        "at sunset": [disc(x, 14, 6, (255, 240, 190))],
+        "on the road": [box(0, h, 64, h + 3, (120, 160, 90)), box(0, 57, 64, 59, (240, 240, 225))],
+        "in a room": [box(x - 7, 6, x + 7, 18, (110, 70, 40)), box(x - 5, 8, x + 5, 16, (250, 250, 245))]}
+    draw = ImageDraw.Draw(image)
+    for kind, corners, colour in details.get(words, []):
+        getattr(draw, kind)([c * big / 64 for c in corners], fill=colour)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def turn_hue(image, turn):
+    """An RGB or RGBA image, its hue turned: 256 is a full turn"""
+    hue, saturation, value = image.convert("RGB").convert("HSV").split()
+    turned = Image.merge("HSV", (hue.point(lambda v: (v + turn) % 256), saturation, value)).convert("RGB")
+    if image.mode == "RGBA":
+        turned.putalpha(image.getchannel("A"))
+    return turned
+
+
+def fill_outline(sprite, other):
+    """The outline of one sprite with the pixels of another: what is inside must be looked at, too."""
+    mean = ImageStat.Stat(other.convert("RGB"), other.getchannel("A")).mean
+    filled = over(other.resize(sprite.size), (*map(round, mean), 255))  # its mean where it does not reach
+    filled.putalpha(sprite.getchannel("A"))
+    return filled
+
+
 def to_images(arrays, device):
     """uint8 (H, W, 3) arrays -> (B, 3, H, W) in [-1, 1]"""
     return from_bytes(torch.from_numpy(np.stack(arrays)).to(device))
@@ -199,8 +273,7 @@ def from_bytes(pictures):
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Pictures out
+# ---- Pictures out -----------------------------------------------------------------------------------------
 
 
 def to_arrays(images):
@@ -254,8 +327,7 @@ def save_sheet(rows, path):
         sheet.save(temporary, "PNG")
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The tokenizer
+# ---- The tokenizer ----------------------------------------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):

@@ -46,6 +46,7 @@ from tokenizer import BadInput, psnr, save_sheet, to_arrays, to_images, whole_fi
 
 
 LOOKS = [(size, place) for size in SIZES for place in PLACES]  # what prompts can ask for
+PLACEMENTS = [data.named_placement(*look) for look in LOOKS]
 
 
 class Case(NamedTuple):
@@ -75,7 +76,7 @@ def make_cases(subjects, n, image_size, seed):
         free = data.free_placement(rng)
         scene, alone, _ = compose(sprite, draw_background(anywhere, image_size, rng), free)
         pictures = map(np.asarray, (reference, target, scene, alone))
-        caption = data.write_caption(rng, subject.label, here, size, place)
+        caption = data.write_caption(rng, [(subject.label, size, place)], here)
         cases.append(
             Case(i, subject, here, size, place, caption, *pictures, silhouette(sprite, image_size, free))
         )
@@ -101,12 +102,11 @@ def flattened(case):
 N_OTHERS = 19
 
 
-def templates(subject, image_size, looks=LOOKS):
+def templates(subject, image_size, placements=PLACEMENTS):
     """Every way in which a prompt can place the subject -> pixels (n, H, W, 3), 0 outside the mask; masks (n,
-    H, W), 0 or 1. They go through the looks in order, with as many shifts and mirrorings each."""
+    H, W), 0 or 1. They go through the placements in order, with as many shifts and mirrorings each."""
     pixels, masks, black, step = [], [], Image.new("RGB", (image_size, image_size)), image_size // 32
-    for size, place in looks:
-        placement = data.named_placement(size, place)
+    for placement in placements:
         for sprite in (cutout(subject), ImageOps.mirror(cutout(subject))):
             alone, mask = np.asarray(compose(sprite, black, placement)[1]), silhouette(
                 sprite, image_size, placement
@@ -210,7 +210,9 @@ def recognise_inside(drawn, behind, looks, cases, subjects):
     for look in np.unique(looks):
         hues, masks, reliefs = [], [], []
         for subject in subjects:
-            pixels, mask = templates(subject, size, [LOOKS[look]])  # (templates, H, W, 3), (templates, H, W)
+            pixels, mask = templates(
+                subject, size, [PLACEMENTS[look]]
+            )  # (templates, H, W, 3), (templates, H, W)
             hues.append(pixels.sum((0, 1, 2)) / mask.sum())
             masks.append(mask[..., None])
             reliefs.append((pixels - hues[-1]) * mask[..., None])  # colours less their mean
@@ -252,7 +254,7 @@ def through_tokenizer(tokenizer, pictures, device):
 def draw_cases(model, tokenizer, task, cases, references, seed, guidance):
     """One picture a case, uint8 (n, H, W, 3). references: a picture a case, or None: then the prompt loses
     its <image>."""
-    prompts = [fill_prompt(task, case.subject.label, case.caption) for case in cases]
+    prompts = [fill_prompt(task, [case.subject.label], case.caption) for case in cases]
     prompts = (
         [(["".join(p)], []) for p in prompts]
         if references is None
@@ -452,9 +454,22 @@ def main():
         save_sheet(sheet, path)
     print_table(rows)
     if not args.sweep:
-        print()
-        print_table(copies)
-        rows |= {f"{name} (copying)": row for name, row in copies.items()}
+        from bench_several import choosing, in_context, multi_image  # (which judges with what stands above)
+
+        def through(pictures):
+            return through_tokenizer(tokenizer, pictures, device)
+
+        common = (args.n, size, args.seed)
+        tables = {
+            "copying": copies,
+            "choosing": choosing(model, tokenizer, through, held_out, trained, *common),
+            "several": multi_image(model, tokenizer, through, held_out, *common),
+            "in-context": in_context(model, tokenizer, through, held_out, *common),
+        }
+        for title, table in tables.items():
+            print()
+            print_table(table)
+            rows |= {f"{name} ({title})": row for name, row in table.items()}
     print(
         f"\n{args.n} cases of {len({c.subject.name for c in cases})} held-out subjects, "
         f"seed {args.seed}, {args.ckpt}: "

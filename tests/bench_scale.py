@@ -66,7 +66,7 @@ def main():
             f"the process grew by {own_memory() - before:.0f} MB",
         )
         started = time.time()
-        dataset = Memory(subjects, {task: 0.2 for task in TASKS}, 64, (0,))
+        dataset = Memory(subjects, {task: 1 / len(TASKS) for task in TASKS}, 64, (0,))
         loader = DataLoader(dataset, batch_size=100, collate_fn=list, num_workers=2, sampler=range(10_000))
         memory = [max(batch) for batch in loader]
         print(

@@ -130,7 +130,7 @@ def main():
     model.eval()
     task, n_patches = TASKS["subject-driven"], len(reference_patches(config))
     reference = torch.randint(config.codebook_size, (n_patches, config.n_codebooks))
-    prompt = (fill_prompt("subject-driven", "dog", "a small dog on the beach, on the left"), [reference])
+    prompt = (fill_prompt("subject-driven", ["dog"], "a small dog on the beach, on the left"), [reference])
     for n in (1, 8, 32):
         seconds = fastest(
             lambda: generate(model, [prompt], n=n, cfg_image=task.cfg_image, cfg_text=task.cfg_text),

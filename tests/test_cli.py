@@ -45,6 +45,23 @@ def call(monkeypatch, capsys, main, *args):
         (("--ref", "REF", "--label", "red star"), "segmentation"),
         (("--ref", "REF", "--prompt", "a star"), "reconstruction"),
         (("--ref", "REF"), "reconstruction"),
+        (("--ref", "REF", "--label", "the red star on the left"), "segmentation"),
+        (
+            (
+                "--ref",
+                "REF",
+                "--label",
+                "sun",
+                "--ref",
+                "REF",
+                "--label",
+                "star",
+                "--prompt",
+                "a sun and a star",
+            ),
+            "multi-image",
+        ),
+        (("--example", "REF", "REF", "--ref", "REF"), "in-context"),
         (("--prompt", "a star in space ⭐ 星"), "text-to-image"),
     ],
 )
@@ -84,7 +101,7 @@ def test_a_subject_is_found_and_framed_wherever_it_stands(monkeypatch, where):
     monkeypatch.setattr(sample, "draw", draw)
     (framed,) = sample.frame_subjects(noisy_model(), None, ["sun"], [np.asarray(scene)])
     right = np.asarray(compose(star.crop(star.getbbox()), Image.new("RGB", (32, 32), blue), AS_GIVEN)[0])
-    assert asked == [("segmentation", fill_prompt("segmentation", "sun"))]
+    assert asked == [("segmentation", fill_prompt("segmentation", ["sun"]))]
     unframed = np.asarray(scene.resize((32, 32)))
     assert np.abs(framed - right.astype(float)).mean() < 15 < np.abs(unframed - right.astype(float)).mean()
 
@@ -147,9 +164,16 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
     (tmp_path / "text.png").write_text("not an image")
     kept = tmp_path / "x.png"
     kept.write_text("kept")
-    good = ("--prompt", "a star")
+    good, given = ("--prompt", "a star"), ("--ref", ref, "--ref", ref)
     for args, words in [
-        (("--label", "star"), "--label star"),
+        (("--label", "star"), "--ref 0 times and --label 1 times"),
+        ((*given, "--label", "star"), "--ref 2 times and --label 1 times"),
+        ((*given, "--label", "star", "--label", "sun"), "say with --prompt where"),
+        ((*given, *given, "--ref", ref, *good), "--ref 5 times: four at most"),
+        (("--example", ref, ref), "give one --ref"),
+        (("--example", ref, ref, "--ref", ref, *good), "no --label or --prompt"),
+        (("--example", ref, "--ref", ref), "expected 2 arguments"),
+        ((*given, *["--label", "x" * 24] * 2, "--prompt", "x" * 500), "bytes of text, and"),
         ((), "nothing to draw"),
         (("--ref", tmp_path / "none.png"), "none.png: not a readable image"),
         (("--ref", tmp_path / "text.png"), "text.png: not a readable image"),
@@ -160,7 +184,7 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         ((*good, "-n", "0"), "not a whole number from 1 up"),
         ((*good, "--temperature", "-1"), "must be a number from 0 up"),
         ((*good, "--temperature", ".6", ".5"), "give one number, or 3"),
-        ((*good, "--cfg", "nan"), "must be a number from 0 up"),
+        ((*good, "--cfg-text", "nan"), "must be a number from 0 up"),
         ((*good, "--seed", "-1"), "not a whole number from 0 up"),
         ((*good, "--seed", "9" * 20), "not a whole number from 0 up"),
         ((*good, "--nonsense"), "unrecognized arguments"),
@@ -168,6 +192,7 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         ((*good, "-o", ref / "under" / "a" / "file.png"), "cannot be written"),
     ]:
         code, err, _ = call(monkeypatch, capsys, sample.main, "--ckpt", whole, "-o", kept, *args)
+        err = [line for line in err if "was found in it" not in line]  # (said before the words are counted)
         assert code == 2 and len(err) == 1 and words in err[0], (args, err)
         assert kept.read_text() == "kept"
 

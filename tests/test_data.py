@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 import data
 from data import Placement, Subject, Tasks, compose, cutout, load_subjects
 from mentor import TASKS
+from tokenizer import COLOURS
 
 # -- the same sample again
 
@@ -19,13 +20,13 @@ def test_same_seed_and_index_same_sample_whatever_the_workers():
     def flat(sample):
         return [
             sample.task,
-            sample.label,
+            sample.labels,
             sample.caption,
             sample.hide,
             *(a.tobytes() for a in (*sample.references, sample.target)),
         ]
 
-    mix = {task: 0.2 for task in TASKS}
+    mix = {task: 1 / len(TASKS) for task in TASKS}
     order = [[5, 17], [3, 4], [99, 5]]
     alone = [[flat(Tasks(SHAPES, mix, 32, (7, 1))[i]) for i in batch] for batch in order]
     for workers in (0, 2):
@@ -39,9 +40,12 @@ def test_same_seed_and_index_same_sample_whatever_the_workers():
 def test_held_out_subjects_never_occur_in_training():
     held_out = {s.label for s in SHAPES if data.is_held_out(s)}
     assert 0.05 < len(held_out) / len(SHAPES) < 0.15
-    mix = {task: 0.2 for task in TASKS}
+    mix = {task: 1 / len(TASKS) for task in TASKS}
     datasets = [Tasks(SHAPES, mix, 8, (0,), train) for train in (True, False)]
-    train, test = ({dataset[i].label for i in range(3000)} for dataset in datasets)
+    known = {s.label for s in SHAPES}  # (segmentation asks for "red blue star on the left", too)
+    train, test = (
+        {label for i in range(3000) for label in dataset[i].labels if label in known} for dataset in datasets
+    )
     assert not train & held_out and len(train) > 350
     assert test == held_out
 
@@ -63,24 +67,90 @@ def test_reconstruction_gives_back_its_reference_with_and_without_caption():
     assert 2 <= sum(s.caption == "" for s in samples) <= 25
 
 
-def test_segmentation_keeps_the_subject_in_place_and_all_else_is_exactly_black(monkeypatch):
+def flat_background(colour):
+    return lambda words, size, rng: Image.new("RGB", (size, size), colour)
+
+
+def test_segmentation_keeps_the_asked_subject_in_place_and_all_else_is_exactly_black(monkeypatch):
     """The true mask is what differs when the same scene is drawn on black and on white."""
-    for i in range(20):
-        sample = tasks("segmentation")[i]
+    asked_by, write_caption, things = set(), data.write_caption, []
+    monkeypatch.setattr(
+        data, "write_caption", lambda rng, *how: things.append(how[0]) or write_caption(rng, *how)
+    )
+    for i in range(60):
         with monkeypatch.context() as patch:
-            patch.setattr(data, "draw_background", lambda words, size, rng: Image.new("RGB", (size, size)))
+            patch.setattr(data, "draw_background", flat_background("black"))
             on_black = tasks("segmentation")[i].references[0].astype(int)
-            patch.setattr(
-                data, "draw_background", lambda words, size, rng: Image.new("RGB", (size, size), "white")
-            )
+            patch.setattr(data, "draw_background", flat_background("white"))
             on_white = tasks("segmentation")[i].references[0].astype(int)
-        alpha = 255 - (on_white - on_black).max(-1)  # (H, W), 0 outside the subject
-        reference, target = sample.references[0].astype(int), sample.target.astype(int)
-        assert np.all(target[alpha == 0] == 0) and 0.02 < (alpha == 255).mean() < 0.9
-        assert np.array_equal(target, on_black) and np.array_equal(
-            target[alpha == 255], on_white[alpha == 255]
-        )
-        assert reference.shape == target.shape
+        sample = tasks("segmentation")[i]
+        alpha = 255 - (on_white - on_black).max(-1)  # (H, W), 0 outside the subjects
+        (label, _, place), *others = things[-1]
+        if others:
+            (asked,) = sample.labels
+            asked_by.add((asked.startswith(label), asked.endswith(place)))
+            assert asked in (label, f"{label} {place}", f"thing {place}")
+            where = {**data.SIDES, **data.QUARTERS}[place]
+            left, top = round(where.x * 16), round(where.y * 16)
+            box = np.zeros_like(alpha)
+            box[top : top + 16, left : left + 16] = 1
+            alpha, on_black = alpha * box, on_black * box[..., None]
+        target = sample.target.astype(int)
+        assert np.all(target[alpha == 0] == 0) and 0.01 < (alpha == 255).mean() < 0.9
+        assert np.array_equal(target, on_black)
+        assert np.array_equal(target[alpha == 255], on_white[alpha == 255])
+        assert np.abs(sample.mask.astype(int) - alpha).max() <= 1
+    assert asked_by == {(True, False), (True, True), (False, True)}
+
+
+def test_subjects_of_a_scene_never_overlap_and_stand_where_the_caption_says():
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        numbers = tasks("multi-image").different(i, 2 + i % 3, rng)
+        labels = [SHAPES[number].label for number in numbers]
+        assert len(set(labels)) == len(numbers) == 2 + i % 3
+        scene, parts, name = tasks("multi-image").scene(numbers, [cutout(SHAPES[n]) for n in numbers], rng)
+        assert (np.stack([mask for _, mask, _ in parts]) > 0).sum(0).max() == 1
+        assert scene.labels == tuple(labels) and name in scene.caption
+        for label, (_, mask, place) in zip(labels, parts):
+            assert f" {label} {place}" in scene.caption
+            y, x = (mask.nonzero()[axis].mean() / 32 for axis in (0, 1))
+            assert (x < 0.5) == place.endswith("left") and (x > 0.5) == place.endswith("right")
+            assert "top" not in place or y < 0.5
+            assert "bottom" not in place or y > 0.5
+
+
+def test_several_references_come_in_the_order_of_their_labels():
+    for i in range(20):
+        sample = tasks("multi-image", train=False)[i]
+        assert 2 <= len(sample.labels) == len(sample.references) <= 4
+        for label, reference in zip(sample.labels, sample.references):
+            outer = np.array(COLOURS[label.split()[0]])  # of the shape; most references show it large
+            assert (np.abs(reference.astype(int) - outer).max(2) < 30).sum() > 20
+
+
+def test_an_example_shows_what_its_query_becomes(monkeypatch):
+    seen, operate = [], data.operate
+    monkeypatch.setattr(data, "operate", lambda *how: seen.append(how) or operate(*how))
+    for i in range(60):
+        before, after, query = (sample := tasks("in-context")[i]).references
+        (operation, scene, *_, behind, turn), (same, other, alone, mask, same_behind, same_turn) = seen[-2:]
+        assert operation == same and turn == same_turn and np.array_equal(behind, same_behind)
+        assert np.array_equal(before, scene) and np.array_equal(query, other)
+        assert not np.array_equal(before, query)
+        target = sample.target.astype(int)
+        if operation == "cut out":
+            assert np.array_equal(target, alone)
+        elif operation == "another scene":
+            assert np.array_equal(target[mask == 0], behind[mask == 0])
+            assert np.array_equal(target[mask == 255], query[mask == 255])
+        elif operation == "mirror":
+            assert np.array_equal(target[:, ::-1], query) and np.array_equal(sample.mask[:, ::-1], mask)
+        elif operation == "grey":
+            assert np.all(target == target[..., :1])
+        else:
+            assert np.abs(target.max(2) - query.max(2).astype(int)).max() <= 3  # the value stays
+    assert {operation for operation, *_ in seen} == set(data.OPERATIONS)
 
 
 def test_no_halo_of_the_old_background(tmp_path):
@@ -182,14 +252,16 @@ def test_views_of_one_subject_make_pairs_and_are_held_out_together(tmp_path, mon
 def test_captions_name_subject_background_size_and_place():
     rng, seen = np.random.default_rng(0), set()
     for _ in range(300):
-        caption = data.write_caption(rng, "owl", "in the snow", "small", "on the left")
+        caption = data.write_caption(rng, [("owl", "small", "on the left")], "in the snow")
         assert (
             all(words in caption for words in ("a small owl", "in the snow", "on the left"))
             and "  " not in caption
         )
         seen.add(caption)
     assert len(seen) == 3
-    assert data.write_caption(rng, "owl", "in space").startswith(("an owl", "a big owl", "in space, a"))
+    assert data.write_caption(rng, [("owl", None, None)], "in space").startswith(
+        ("an owl", "a big owl", "in space, a")
+    )
 
 
 def test_named_placements_are_whole_patches():

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ def prefix_logits(model, pieces, references=()):
 
 def test_sequence_interleaves_text_and_images_in_prompt_order():
     pieces, reference, target = (
-        fill_prompt("subject-driven", "cat", "a cat"),
+        fill_prompt("subject-driven", ["cat"], "a cat"),
         random_codes(1),
         random_codes(2),
     )
@@ -96,17 +97,32 @@ def test_a_reference_at_a_second_size_stands_behind_the_first_with_an_order_of_i
     assert places[ids == EOI][0, 0] == 4 and places[ids == ord("a")][0, 0] == 5
 
 
+def test_several_references_at_the_second_size_alone():
+    patches = reference_patches(CONFIG, (1,))
+    references = [random_codes(i, n=len(patches)) for i in (1, 2)]
+    pieces = fill_prompt("multi-image", ["dog", "cat"], "a dog and a cat")
+    assert pieces == ["The dog in ", ". The cat in ", ".\na dog and a cat"]
+    ids, places = build_sequence(CONFIG, pieces, references, sizes=(1,))
+    shown = places[ids == CODE]
+    assert torch.equal(shown[:, 3:], torch.cat(references))
+    assert torch.equal(shown[:, 1] * CONFIG.side + shown[:, 2], torch.cat((patches, patches)))
+    orders = places[:, 0]
+    assert torch.all(orders[1:] >= orders[:-1])  # in the order of the prompt
+    assert len(shown[:, 0].unique()) == 2
+
+
 def test_reference_patches_are_those_that_the_picture_fills():
     """On 8 x 8 patches a picture at two thirds reaches from patch 1.33 to 6.67."""
     patches = reference_patches(CONFIGS["cpu"])
     assert patches[:64].tolist() == list(range(64)) and torch.equal(
-        reference_patches(CONFIGS["cpu"], 1), patches[:64]
+        reference_patches(CONFIGS["cpu"], (0,)), patches[:64]
     )
+    assert torch.equal(reference_patches(CONFIGS["cpu"], (1,)), patches[64:] - 64)
     assert patches[64:].tolist() == [64 + 8 * row + column for row in range(1, 7) for column in range(1, 7)]
 
 
 def test_placeholder_written_by_a_user_stays_text():
-    assert fill_prompt("subject-driven", "<image>", "{label} <image>") == [
+    assert fill_prompt("subject-driven", ["<image>"], "{label} <image>") == [
         "The <image> in ",
         ".\n{label} <image>",
     ]
@@ -120,11 +136,26 @@ def test_text_that_does_not_fit_is_refused_with_the_bytes_that_do():
 
 
 def test_longest_sample_of_every_preset_fits_its_block():
-    words = len("The  in .\n, a small , in the middle") + 2 * data.MAX_LABEL + data.MAX_BACKGROUND
-    plain = len("The image is \n") + data.MAX_CAPTION
-    for name, config in CONFIGS.items():
-        longest = max(words + len(reference_patches(config)), plain + config.n_codes)
-        assert longest + 4 + config.n_codes <= config.block_size, name
+    label, place, background = "x" * data.MAX_LABEL, max(data.QUARTERS, key=len), "y" * data.MAX_BACKGROUND
+    several = data.write_caption(
+        np.random.default_rng(0), [("a" * data.MAX_LABEL, None, place)] * 4, background
+    )
+    captions = {
+        "multi-image": several,
+        "reconstruction": "z" * data.MAX_CAPTION,
+        "segmentation": "",
+        "in-context": "",
+    }
+    for task in TASKS:
+        labels = [label] * 4 if task == "multi-image" else [f"{label} {place}"]
+        caption = captions.get(task, f"a small {label} {background}, in the middle")
+        pieces = fill_prompt(task, labels, caption)
+        for config in CONFIGS.values():
+            reference = torch.zeros(len(reference_patches(config, TASKS[task].sizes)), config.n_codebooks)
+            references, target = [reference] * (len(pieces) - 1), torch.zeros(
+                config.n_codes, config.n_codebooks
+            )
+            build_sequence(config, pieces, references, target, TASKS[task].sizes)
 
 
 def test_hidden_conditions_are_the_branches_that_guidance_compares():

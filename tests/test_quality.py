@@ -9,6 +9,7 @@ import torch
 from conftest import TOY, script
 
 import bench_quality
+import bench_several
 import data
 from tokenizer import emoji_font
 from bench_quality import copying, cutting_out, draw_cases, flattened, judge, make_cases, summary
@@ -108,7 +109,9 @@ def test_bench_runs_and_repeats_itself(trained, tmp_path, monkeypatch, capsys, s
         bench_quality.main()
         figures.append(json.loads((tmp_path / "figures.json").read_text()))
     assert figures[0] == figures[1] and (tmp_path / "sheet.png").stat().st_size > 1000
-    assert len(figures[0]) == (4 if sweep else 11) and "| CP | CP big |" in capsys.readouterr().out
+    assert (
+        len(figures[0]) == (4 if sweep else 11 + 6 + 9 + 3) and "| CP | CP big |" in capsys.readouterr().out
+    )
     assert sweep or figures[0]["copy the reference"]["background"] == 0
 
 
@@ -133,3 +136,30 @@ def test_an_ablation_row_is_one_command(trained, tmp_path):
         mix = torch.load(tmp_path / row.replace(" ", "-") / ckpt, weights_only=True)["settings"]["mix"]
         assert abs(sum(mix.values()) - 1) < 1e-9 and ("recovery" in mix) == (row == "without stage 1")
     assert done.stdout.count("| without") == 2 and ".661" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return [s for s in data.load_subjects("shapes") if data.is_held_out(s)]
+
+
+def test_the_truth_is_chosen_and_placed_and_a_swap_is_neither(held_out):
+    scenes = bench_several.make_scenes(held_out, 6, 64, seed=0)
+    assert {len(scene.subjects) for scene in scenes} == {2, 3, 4}
+    first, last = (np.stack([scene.alone[i] for scene in scenes]) for i in (0, -1))
+    assert bench_several.chosen(first, scenes)["chosen"] == 1
+    assert bench_several.chosen(last, scenes)["chosen"] == 0
+    assert bench_several.chosen(np.zeros_like(first), scenes)["chosen"] == 0
+    pictures = np.stack([scene.picture for scene in scenes])
+    truth = bench_several.judge_several(pictures, scenes, held_out, 0)
+    assert truth["CP"] > 0.9 and truth["right place"] == truth["background"] == 1
+    swapped = [scene._replace(subjects=scene.subjects[1:] + scene.subjects[:1]) for scene in scenes]
+    assert bench_several.judge_several(pictures, swapped, held_out, 0)["right place"] == 0
+
+
+def test_the_right_operation_explains_its_own_answer(held_out):
+    queries = bench_several.make_queries(held_out, 10, 64, seed=0)
+    right = bench_several.judge_queries(np.stack([q.answers[q.operation] for q in queries]), queries)
+    assert right["right operation"] == 1 and right["CP"] > 0.9
+    unchanged = bench_several.judge_queries(np.stack([q.picture for q in queries]), queries)
+    assert unchanged["right operation"] < 0.5

@@ -116,12 +116,10 @@ def test_bad_files_by_the_dozen_are_named_and_never_fed(tmp_path, capfd):
         dataset.train = False  # the same subjects, their colours as they are
         for i in range(60):
             sample = dataset[i]
-            for image in (sample.target, *sample.references):
-                assert (np.abs(image.astype(int) - colours[sample.label]).max(2) < 40).any(), (
-                    task,
-                    i,
-                    sample.label,
-                )
+            for j, label in enumerate(sample.labels if task != "in-context" else ()):
+                colour = colours.get(label.split(" on the ")[0].split(" at the ")[0])  # None: "thing"
+                for image in (sample.target, *sample.references[j : j + 1]) if colour else ():
+                    assert (np.abs(image.astype(int) - colour).max(2) < 40).any(), (task, i, label)
     said = capfd.readouterr().err
     assert (
         said.count("photo.jpg: not a readable image") == 1
@@ -187,7 +185,7 @@ def test_bad_lines_of_metadata_are_passed_over(tmp_path):
         with pytest.raises(BadInput, match=words):
             cutout(subject)
     dataset = Tasks(subjects, {"segmentation": 1.0}, 32, (0,))
-    assert {dataset[i].label for i in range(40)} == {"good one"}
+    assert {dataset[i].labels[0] for i in range(40)} == {"good one"}
 
 
 def test_pictures_without_a_subject_are_not_views_of_one(tmp_path):
@@ -212,14 +210,14 @@ def test_a_rectangle_without_a_transparent_pixel_is_a_plain_picture(tmp_path):
     subjects = load_subjects(str(tmp_path))
     assert "9 images, 0 of them cut-outs" in subjects.report
     sample = tasks("text-to-image", subjects=subjects)[0]
-    assert sample.label.startswith("shot") and np.abs(sample.target - (200, 30, 30)).max() == 0
+    assert sample.labels[0].startswith("shot") and np.abs(sample.target - (200, 30, 30)).max() == 0
     with pytest.raises(BadInput, match="none of these images has alpha"):
         tasks("segmentation", subjects=subjects)
     sprite(tmp_path / "disc.png")
     subjects = load_subjects(str(tmp_path))
     for task, shown in (("segmentation", {"disc"}), ("text-to-image", {s.label for s in subjects})):
         dataset = Tasks(subjects, {task: 1.0}, 32, (0,))
-        assert {dataset[i].label for i in range(200)} == shown
+        assert {dataset[i].labels[0] for i in range(200)} == shown
 
 
 def test_whatever_is_wrong_with_a_file_the_scan_goes_on(tmp_path, monkeypatch):
@@ -395,7 +393,7 @@ def test_captions_are_in_the_words_that_a_user_types(tmp_path):
     (tmp_path / "1.txt").write_text("A red square on  the Wall.\nsecond line")
     sample = tasks("text-to-image", subjects=load_subjects(str(tmp_path)))[0]
     assert sample.caption == data.clean_text("A red square on the wall") == "a red square on the wall"
-    assert sample.label == "red square on the wall"
+    assert sample.labels[0] == "red square on the wall"
 
 
 def test_large_photographs_are_decoded_small(tmp_path, monkeypatch):

@@ -67,8 +67,8 @@ def test_workers_lay_out_what_the_device_fills_with_codes():
         references = [
             torch.cat([encode(p) for p in sample.at_sizes(CONFIG, s.task, r)]) for r in s.references
         ]  # (on 4 x 4 patches a picture at two thirds touches all of them)
-        condition = sample.hide_condition(sample.fill_prompt(s.task, s.label, s.caption), references, s.hide)
-        return *sample.build_sequence(CONFIG, *condition, target), target
+        condition = sample.hide_condition(sample.fill_prompt(s.task, s.labels, s.caption), references, s.hide)
+        return *sample.build_sequence(CONFIG, *condition, target, sample.TASKS[s.task].sizes), target
 
     wanted = [by_itself(s) for s in samples]
     found = []
