@@ -159,7 +159,7 @@ def build_sequence(config, pieces, references, target=None, sizes=(0, 1)):
 
 def pad_sequences(sequences, multiple=1):
     """List of (ids, places) -> ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,), padded on the right.
-    T is rounded up to a multiple of `multiple`: torch.compile compiles each length anew, so let it meet few.
+    T is rounded up to a multiple of `multiple`: matrices of odd sizes are slower.
     Attention is causal, so nothing looks at the padding: no key mask, and no sample depends on its batch."""
     lengths = torch.tensor([len(ids) for ids, _ in sequences])
     T = -(-int(lengths.max()) // multiple) * multiple

@@ -204,8 +204,7 @@ def lay_out(config, rows):
         sequences.append(build_sequence(numbered, pieces, numbers, target, sizes))
     masks = torch.from_numpy(np.stack([sample.mask for _, _, sample in rows]))  # (B, H, W)
     coverage = F.avg_pool2d(masks[:, None].float(), config.downsample).flatten(1) / 255
-    # Compiled once for each length that occurs, so only multiples of 32 do.
-    return Batch(torch.from_numpy(np.stack(pictures)), *pad_sequences(sequences, multiple=32), coverage)
+    return Batch(torch.from_numpy(np.stack(pictures)), *pad_sequences(sequences, multiple=8), coverage)
 
 
 @torch.no_grad()

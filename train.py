@@ -304,11 +304,10 @@ def make_loader(run, dataset, n_workers):
 
 
 def parallel(model, device, compiled):
-    """The model as a step calls it: blocks compiled, once for each length of sequence; a copy a process."""
+    """The model as a step calls it: blocks compiled, for any length of sequence; a copy a process."""
     if compiled:
-        torch._dynamo.config.recompile_limit = 64
         for block in model.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=True)
     if world() == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
