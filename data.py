@@ -267,9 +267,9 @@ def write_caption(rng, things, background):
         thing = f"{'an' if thing[:1] in 'aeiou' else 'a'} {thing}"
         phrases.append(f"{thing} {place}".strip())
     named = " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
-    wordings = [f"{named}, {background}", f"{background}, {named}"]
+    wordings = [f"{background}, {named}", f"{named}, {background}"]
     if len(things) == 1:
-        wordings.append(f"{thing} {background}, {place}")
+        wordings.insert(0, f"{thing} {background}, {place}")
     return wordings[rng.integers(len(wordings))].strip(" ,")
 
 

@@ -59,8 +59,8 @@ CONFIGS = {
 BOS, BOI, EOI, PAD, CODE = range(256, 261)
 
 # ---- The tasks --------------------------------------------------------------------------------------------
-# To add one, colourisation say, write a row here, a method of its name (with _ for -) in data.py's
-# Tasks, which gives as many references as the prompt has <image>, and its share in train.py's MIXES. To draw
+# To add one, colourisation say, write a row here, a method of its name (with _ for -) in data.py's Tasks,
+# which gives as many references as the filled prompt has <image>, and its share in train.py's MIXES. To draw
 # with it, say in sample.py (which_task) what a user gives for it.
 
 
@@ -142,8 +142,8 @@ def build_sequence(config, pieces, references, target=None, sizes=(0, 1)):
             for number, codes in zip(reference_patches(config, sizes).tolist(), references[i].tolist()):
                 canvas, patch = divmod(number, config.n_codes)
                 places.append((order + 1 + sizes[canvas], *grid[patch], *codes))
-            order += 2 + len(config.reference_sizes)
-            places.append((order - 1, 0, 0, *no_codes))
+            places.append((order + 2 + sizes[-1], 0, 0, *no_codes))
+            order += 3 + sizes[-1]
     room = config.block_size - (len(ids) + config.n_codes)
     if room < 0:
         n_bytes = len("".join(pieces).encode())

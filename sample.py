@@ -7,6 +7,8 @@
     python sample.py --example before.png after.png --ref query.png             what the example does to one
     python sample.py --ref dog.png                      the picture itself, redrawn (--prompt may describe it)
     python sample.py --prompt "a dog on the beach" -n 8 -o dogs.png             text alone; eight, as a grid
+
+The shipped model was trained before the second, third and fourth: they want one that you train.
 """
 import argparse
 import contextlib
