@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from mentor import TASKS
-from tokenizer import (BACKGROUNDS, BLACK, COLOURS, SHAPES, BadInput, alpha_cuts_out, draw_background,
-                       draw_emoji, draw_shape, emoji_font, fill_outline, open_square, over, read_image,
-                       turn_hue)
+from tokenizer import (BACKGROUNDS, BLACK, COLOURS, OPERATIONS, SHAPES, BadInput, alpha_cuts_out,
+                       draw_background, draw_emoji, draw_ground, draw_shape, emoji_font, fill_outline,
+                       open_square, operate, over, read_image, turn_hue)
 
 say_once = functools.cache(lambda text: print(text, file=sys.stderr))
 # ---- Words ------------------------------------------------------------------------------------------------
@@ -44,9 +44,8 @@ def clean_label(text):
 
 # ---- Subjects: where the cut-outs come from ---------------------------------------------------------------
 
-
 class Subject(NamedTuple):
-    name: str                # pictures of one name show the same subject; its hash decides what is held out
+    name: str                # pictures of one name show the same subject
     label: str               # what the prompts call it
     source: str              # "emoji", "shapes" or "file": how `cutout` reads it
     path: str                # the character, the shape's recipe, or the image file
@@ -149,10 +148,10 @@ def cutout(subject, size=256):
 
 # ---- All subjects of a run, found once and kept in an index -----------------------------------------------
 
-
-def is_held_out(subject):
-    """One subject in ten, by a hash of its name, is never trained on."""
-    return zlib.crc32(subject.name.encode()) % 10 == 0
+def is_held_out(subject, by_label=True):
+    """One subject in ten is never trained on. A hash of its label says which, in all sources at once, so that
+    no other hand's drawing of that thing is seen either; of its name, where a run has few labels."""
+    return zlib.crc32((subject.label if by_label else subject.name).encode()) % 10 == 0
 
 
 # subject: a number that its pictures share; start, end: of its line. (Unaligned, searchsorted would copy.)
@@ -182,25 +181,26 @@ class Subjects:
 
 def scan(sources):
     """Looks through the sources -> dict(lines, table, report), what Subjects is made of. Raises BadInput."""
-    numbers, labels, rows, skipped, lines = {}, set(), [], [], bytearray()
+    numbers, labels, rows, skipped, lines, held_out = {}, set(), [], [], bytearray(), []
     for source in sources:
         before, builtin = len(rows), {"emoji": emoji_subjects, "shapes": shape_subjects}.get(source)
         for subject in builtin() if builtin else folder_subjects(source, skipped):
             start, number = len(lines), numbers.setdefault(subject.name, len(numbers))
             lines += json.dumps(subject).encode()
-            rows.append((number, start, len(lines), is_held_out(subject), subject.has_cutout))
+            rows.append((number, start, len(lines), False, subject.has_cutout))
+            held_out.append([is_held_out(subject, by_label) for by_label in (False, True)])
             labels.add(subject.label)
         if len(rows) == before:
             endings, why = ", ".join(sorted(IMAGE_ENDINGS)), "".join(skipped[:1])
             raise BadInput(f"{source}: not one usable image in it (looked for {endings}) {why}")
     table = np.array(rows, FIELDS)
+    held_out = np.array(held_out)[:, int(len(labels) >= 100)]
+    table["held_out"] = np.bincount(table["subject"], held_out)[table["subject"]] > 0  # all views, if any
     table = table[table["subject"].argsort(kind="stable")]
     views, n_cutouts = np.bincount(table["subject"]), table["has_cutout"].sum()
-    feeds = "all tasks" if n_cutouts else "text-to-image and reconstruction"
     report = (f"{len(table)} images, {n_cutouts} of them cut-outs; {len(numbers)} subjects, "
-              f"{len(labels)} labels, {(views * (views - 1)).sum()} pairs of views, for {feeds}; "
-              f"skipped {len(skipped)} files")
-    report += "".join(f"\n  {why}" for why in skipped[:3])
+              f"{len(labels)} labels, {(views * (views - 1)).sum()} pairs of views; "
+              f"skipped {len(skipped)} files") + "".join(f"\n  {why}" for why in skipped[:3])
     return {"lines": np.frombuffer(lines, np.uint8), "table": table, "report": report}
 
 
@@ -285,12 +285,18 @@ def compose(sprite, background, placement):
     return scene, over(layer, BLACK), layer.getchannel("A")
 
 
-def recolour(sprite, rng):
-    """Turns the hue and mirrors at random: no label tells the look, the reference must be looked at."""
+def vary(sprite, rng):
+    """Another look and angle at random: no label tells the look, the reference must be looked at."""
     if rng.uniform() < 0.5:
         sprite = ImageOps.mirror(sprite)
     if rng.uniform() < 0.6:
         sprite = turn_hue(sprite, int(rng.integers(256)))
+    if rng.uniform() < 0.3:
+        for change in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
+            sprite = change(sprite).enhance(rng.uniform(0.5, 1.3))
+    if rng.uniform() < 0.2:
+        sprite = sprite.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
+        sprite = sprite.crop(sprite.getbbox())
     return sprite
 
 
@@ -307,22 +313,7 @@ def distort(sprite, rng):
     return sprite.transform(sprite.size, Image.Transform.QUAD, quad.flatten(), Image.Resampling.BICUBIC)
 
 
-OPERATIONS = ("cut out", "another scene", "mirror", "grey", "hue")  # that examples show, in-context
-
-
-def operate(operation, scene, alone, mask, behind, turn):
-    """scene: its subject is `alone` on black and covers `mask`; behind: another background; all are uint8 (H,
-    W, 3), the mask (H, W). turn: as turn_hue takes it."""
-    if operation == "another scene":
-        return (alone + behind * (1 - mask[..., None] / 255)).round().astype(np.uint8)
-    if operation == "hue":
-        return np.asarray(turn_hue(Image.fromarray(scene), turn))
-    grey = np.asarray(Image.fromarray(scene).convert("L").convert("RGB"))
-    return {"cut out": alone, "mirror": scene[:, ::-1], "grey": grey}[operation]
-
-
 # ---- Tasks ------------------------------------------------------------------------------------------------
-
 
 class Sample(NamedTuple):
     labels: tuple         # what the prompt calls its references, and asks for
@@ -338,7 +329,7 @@ class Tasks:
     """A map-style dataset of Sample: item `index` is a pure function of (seed, index), whatever the workers.
 
     mix: task -> its share. seed: a list of numbers. With `train`, a subject that a reference shows is
-    recoloured, unless it has other views; without, the dataset holds the held-out subjects alone.
+    varied, unless it has other views; without, the dataset holds the held-out subjects alone.
     """
 
     def __init__(self, subjects, mix, size, seed, train=True, backgrounds=()):
@@ -377,20 +368,22 @@ class Tasks:
         return self.scene([i], [cutout(subject, self.size)], rng)[0]
 
     def reconstruction(self, i, subject, rng):
-        """The target is the reference. One in ten has no caption: a copy needs no words."""
+        """The target is the reference. Where its ground has no words, and once in ten, nor has the prompt."""
+        named = rng.uniform() < 0.5
         if not subject.has_cutout:
             scene = self.plain_picture(subject)
         else:
-            scene = self.scene([i], [self.sprite(i, rng)], rng, anywhere=0.7)[0]
+            scene = self.scene([i], [self.sprite(i, rng)], rng, anywhere=0.7, any_ground=not named)[0]
         return scene._replace(references=[scene.target], caption=scene.caption if rng.uniform() < 0.9 else "")
 
     def segmentation(self, i, subject, rng):
         """The target is the subject's own pixels, in place, on black: of the only one in the scene, or of one
         of several, asked for by label, place or both. Where labels tell them apart they look as they do."""
         numbers = self.different(i, rng.integers(1, 5), rng)
-        asked_by = str(rng.choice(["label", "place", "both"], p=[0.6, 0.2, 0.2])) if len(numbers) > 1 else ""
+        asked_by = str(rng.choice(["label", "place", "both"], p=[0.76, 0.12, 0.12]))
+        asked_by = asked_by if len(numbers) > 1 else ""
         sprites = [self.sprite(number, rng, change=asked_by != "label") for number in numbers]
-        scene, parts, _ = self.scene(numbers, sprites, rng, anywhere=0.7)
+        scene, parts, _ = self.scene(numbers, sprites, rng, anywhere=0.7, any_ground=True)
         alone, mask, place = parts[0]
         asked = {"place": f"thing {place}", "both": f"{subject.label} {place}"}.get(asked_by, subject.label)
         return scene._replace(labels=(asked,), references=[scene.target], target=alone, mask=mask)
@@ -416,7 +409,8 @@ class Tasks:
         operation, turn, pictures = str(rng.choice(OPERATIONS)), int(rng.integers(32, 224)), []
         behind, _, *names = self.background(rng)
         for number in (self.different(i, 2, rng)[-1], i):
-            scene, parts, name = self.scene([number], [self.sprite(number, rng)], rng, other_than=names)
+            sprite = self.sprite(number, rng)
+            scene, parts, name = self.scene([number], [sprite], rng, other_than=names, any_ground=True)
             (alone, mask, _), = parts
             names.append(name)
             after = operate(operation, scene.target, alone, mask, np.asarray(behind), turn)
@@ -437,14 +431,14 @@ class Tasks:
 
     def sprite(self, i, rng, change=True):
         """Picture i's cut-out. In training two in five are filled with another subject's pixels, and all are
-        recoloured; not where there are other views, which differ anyway, or without `change`."""
+        varied; not where there are other views, which differ anyway, or without `change`."""
         sprite = cutout(self.subjects[i], self.size)
         if not self.train or not change or self.other_views(i):
             return sprite
         if rng.uniform() < 0.4:
             other = self.subjects[self.cutouts[rng.integers(len(self.cutouts))]]
             sprite = fill_outline(sprite, cutout(other, self.size))
-        return recolour(sprite, rng)
+        return vary(sprite, rng)
 
     def different(self, i, n, rng):
         """Picture i and up to n - 1 more cut-outs, all of different labels -> list of numbers"""
@@ -454,37 +448,43 @@ class Tasks:
                 chosen.setdefault(self.subjects[number].label, number)
         return list(chosen.values())
 
-    def background(self, rng, other_than=(), unnamed=False):
-        """A photograph of --backgrounds, or one drawn by code; where no caption names it, also a plain
-        picture among the subjects -> RGB image, its words, and its name, which is none of `other_than`."""
+    def background(self, rng, other_than=(), any_ground=False):
+        """A photograph of --backgrounds, or one drawn by code; with any_ground, where no caption names it,
+        also a part of a photograph or of a plain picture, or a ground of any look -> RGB image, its words
+        ("": none), and its name, which is none of `other_than`."""
         pools = [(self.backgrounds, range(len(self.backgrounds)), 0.5)]
-        if unnamed:  # few pictures are taken seldom: they would soon be everywhere
+        if any_ground:  # few pictures are taken seldom: they would soon be everywhere
             pools.append((self.subjects, self.plain, min(0.5, len(self.plain) / 40)))
         for pictures, indices, share in pools:
             if len(indices) and rng.uniform() < share:
                 picture = pictures[indices[rng.integers(len(indices))]]
                 if picture.path not in other_than:
-                    image = open_square(picture.path, self.size)
+                    image = open_square(picture.path, self.size, rng if any_ground else None)
                     return image, clean_text(picture.caption, MAX_BACKGROUND), picture.path
+        if any_ground and rng.uniform() < 0.65:
+            other = self.subjects[self.cutouts[rng.integers(len(self.cutouts))]]
+            return draw_ground(self.size, rng, cutout(other, self.size)), "", ""
         words = str(rng.choice([words for words in BACKGROUNDS if words not in other_than]))
         return draw_background(words, self.size, rng), words, words
 
-    def scene(self, numbers, sprites, rng, anywhere=0.0, other_than=()):
-        """Sprites of these pictures, as the caption says -> Sample without references; of each what it shows
-        alone on black, its mask, its place in words; the background's name."""
+    def scene(self, numbers, sprites, rng, anywhere=0.0, other_than=(), any_ground=False):
+        """Sprites of these pictures, as the caption says, if their background has words -> Sample without
+        references; of each what it shows alone on black, its mask, its place in words; the background's
+        name."""
         looks, parts = choose_looks(rng, len(sprites), anywhere), []
-        image, words, name = self.background(rng, other_than)
+        image, words, name = self.background(rng, other_than, any_ground)
         for sprite, (placement, _, place) in zip(sprites, looks):
             image, alone, mask = compose(sprite, image, placement)
             parts.append((np.asarray(alone), np.asarray(mask), place))
         labels = tuple(self.subjects[number].label for number in numbers)
-        caption = write_caption(rng, [(label, *look[1:]) for label, look in zip(labels, looks)], words)
+        things = [(label, *look[1:]) for label, look in zip(labels, looks)]
+        caption = write_caption(rng, things, words) if words else ""
         mask = np.maximum.reduce([mask for _, mask, _ in parts])
         return Sample(labels, caption, [], np.asarray(image), mask), parts, name
 
     def elsewhere(self, sprite, placement, other_than, rng):
         """A reference: the sprite on another background than the target's."""
-        image, _, _ = self.background(rng, [other_than], unnamed=True)
+        image, _, _ = self.background(rng, [other_than], any_ground=True)
         return np.asarray(compose(sprite, image, placement)[0])
 
     def redrawn(self, numbers, rng):
@@ -495,6 +495,6 @@ class Tasks:
             views = self.other_views(number)
             if views:
                 sprite = cutout(self.subjects[views[rng.integers(len(views))]], self.size)
-            where = AS_GIVEN if rng.uniform() < 0.7 else free_placement(rng)
+            where = AS_GIVEN if rng.uniform() < 0.65 else free_placement(rng)
             scene.references.append(self.elsewhere(sprite, where, background, rng))
         return scene

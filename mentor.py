@@ -21,7 +21,6 @@ from tokenizer import BadInput, has_bf16, repeat
 
 # ---- Configuration and vocabulary -------------------------------------------------------------------------
 
-
 @dataclass
 class Config:
     image_size: int = 64        # pixels a side
@@ -101,7 +100,6 @@ def hide_condition(pieces, references, hide):
 
 # ---- The sequence -----------------------------------------------------------------------------------------
 
-
 def reference_patches(config, sizes=(0, 1)):
     """Which patches of a reference enter at these sizes (indices of Config.reference_sizes): of each, centred
     on its own canvas of N patches, those that it fills -> their numbers, counted through all canvases."""
@@ -169,7 +167,6 @@ def pad_sequences(sequences, multiple=1):
 
 
 # ---- The transformer --------------------------------------------------------------------------------------
-
 
 def rms_norm(x):
     """x / sqrt(mean(x^2)) over the last axis, in fp32. (On a CPU faster than F.rms_norm.)"""

@@ -171,7 +171,6 @@ def open_reference(path, label, task, model, tokenizer):
 
 # ---- From samples to batches ------------------------------------------------------------------------------
 
-
 class Batch(NamedTuple):
     """Sequences without their codes, which only the tokenizer knows: workers lay out, the device encodes."""
     pictures: torch.Tensor  # uint8 (n, H, W, 3): the targets of all rows, then their references
@@ -225,7 +224,6 @@ def stack_pictures(samples):
 
 
 # ---- Looking at what a model has learnt -------------------------------------------------------------------
-
 
 SUBJECT_PATCH = 0.6  # "on the subject": on the patches of which it covers more than this
 
@@ -409,7 +407,6 @@ def follow_main(worker):
 
 
 # ---- The command line -------------------------------------------------------------------------------------
-
 
 def which_task(refs, labels, prompt, example):
     """Raises BadInput where what is given makes no task."""

@@ -15,7 +15,6 @@ resolution would cost most of the time on a small machine.
 import contextlib
 import functools
 import os
-import sys
 import textwrap
 import warnings
 
@@ -33,45 +32,11 @@ class BadInput(Exception):
 
 # ---- What the machine can do ------------------------------------------------------------------------------
 
-
 def has_bf16(device):
     """Whether the hardware multiplies bf16: CUDA since Ampere, CPUs with avx512_bf16 (others are slow)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
-
-
-# Of dense bf16 matrices, a second, by the makers' data sheets; a multiply-add counts as two.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
-def peak_flops(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
-
-
-def share_of_peak(model, lengths, seconds):
-    """What share of the hardware's peak training a transformer (mentor.Mentor) was, on sequences of these
-    lengths (a list of (B,)) in as many seconds; None where the peak is not known. Counted are 6 operations a
-    weight and token, and 6 n_embd a layer and pair of tokens."""
-    peak = peak_flops(model.head_gain.device)
-    if peak is None:
-        return None
-    lengths, config = torch.cat(lengths).double(), model.config
-    n_weights = sum(parameter.numel() for parameter in model.blocks.parameters())
-    pairs = config.n_layer * config.n_embd * lengths.pow(2).sum().item()
-    return 6 * (n_weights * lengths.sum().item() + pairs) / seconds / peak
-
-
-def can_compile(device):
-    """Whether torch.compile works here; says so where it does not."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
-        return True
-    except Exception as error:  # no C++ compiler, no Triton
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-        print(f"torch.compile does not work here ({why}): training slower, without it", file=sys.stderr)
-        return False
 
 
 def repeat(step, times, device):
@@ -115,8 +80,7 @@ def read_image(path, least=None):
                 image.draft(None, (least, least))
             if image.mode.startswith("I"):  # 16 bits a channel, which convert() would clip
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            has_alpha = image.has_transparency_data
-            return ImageOps.exif_transpose(image).convert("RGBA" if has_alpha else "RGB")
+            return ImageOps.exif_transpose(image).convert("RGBA" if image.has_transparency_data else "RGB")
     except Exception as error:  # a damaged file can fail anywhere inside pillow
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"{path}: not a readable image ({reason})") from error
@@ -140,13 +104,18 @@ def over(image, colour):
     return image.convert("RGB")
 
 
-def open_square(path, size):
-    """Any image file -> RGB image, size x size: the centred square, alpha on white. Raises BadInput."""
-    image = read_image(path, least=2 * size)
-    side = min(image.size)
-    left, top = ((n - side) / 2 for n in image.size)
-    square = (left, top, left + side, top + side)
-    return over(image.resize((size, size), Image.Resampling.BICUBIC, square, reducing_gap=3), WHITE)
+def square_of(image, size, share=1, x=0.5, y=0.5):
+    """A square of an image, its side a share of the shorter one, at a share of the room -> size x size"""
+    side = share * min(image.size)
+    left, top = (at * (n - side) for at, n in zip((x, y), image.size))
+    return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side), 3)
+
+
+def open_square(path, size, rng=None):
+    """Any image file -> RGB image, size x size: the centred square, or with a random generator a part of it,
+    anywhere; alpha on white. Raises BadInput."""
+    where = () if rng is None else rng.uniform((0.4, 0, 0), 1)
+    return over(square_of(read_image(path, least=2 * size), size, *where), WHITE)
 
 
 EMOJI_FONTS = {  # file: the one pixel size that its bitmaps have (Debian, Arch, Fedora, macOS, Windows)
@@ -246,6 +215,32 @@ def draw_background(words, size, rng):
     return image.resize((size, size), Image.Resampling.BOX)
 
 
+def draw_ground(size, rng, other):
+    """A ground that no caption names, of any look: plain, a gradient, soft noise, a pattern, or another
+    sprite's inside, enlarged -> RGB image, size x size."""
+    kind = rng.choice(["gradient", "noise", "pattern", "inside"], p=[0.42, 0.23, 0.1, 0.25])
+    colours, angle = rng.uniform(0, 255, (3, 3)), rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:size, :size] / (size - 1) - 0.5
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    if kind == "gradient":
+        n, share = rng.integers(1, 4), (along - along.min()) / np.ptp(along)  # of one colour it is plain
+        image = np.stack([np.interp(share, np.linspace(0, 1, n), c[:n]) for c in colours.T], -1)
+    elif kind == "pattern":
+        period, squares = rng.uniform(0.08, 0.4), rng.uniform() < 0.5
+        odd = (along / period % 1 < 0.5) ^ (squares & (across / period % 1 < 0.5))
+        image = np.where(odd[..., None], colours[0], colours[1])
+    elif kind == "noise":
+        cells = rng.uniform(-1, 1, (rng.integers(2, 12),) * 2 + (3,)) * rng.uniform(20, 140) + colours[0]
+        cells = Image.fromarray(np.clip(cells, 0, 255).astype(np.uint8))
+        image = np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC))
+    else:
+        flat = over(other, (*map(round, colours[0]), 255))
+        image = np.asarray(square_of(flat, size, *rng.uniform((0.25, 0, 0), 1)))
+    if rng.uniform() < 0.25:
+        image = image + rng.normal(0, rng.uniform(2, 14), (size, size, 1))
+    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
+
+
 def turn_hue(image, turn):
     """An RGB or RGBA image, its hue turned: 256 is a full turn"""
     hue, saturation, value = image.convert("RGB").convert("HSV").split()
@@ -263,6 +258,20 @@ def fill_outline(sprite, other):
     return filled
 
 
+OPERATIONS = ("cut out", "another scene", "mirror", "grey", "hue")  # that examples show, in-context
+
+
+def operate(operation, scene, alone, mask, behind, turn):
+    """scene: its subject is `alone` on black and covers `mask`; behind: another background; all are uint8 (H,
+    W, 3), the mask (H, W). turn: as turn_hue takes it."""
+    if operation == "another scene":
+        return (alone + behind * (1 - mask[..., None] / 255)).round().astype(np.uint8)
+    if operation == "hue":
+        return np.asarray(turn_hue(Image.fromarray(scene), turn))
+    grey = np.asarray(Image.fromarray(scene).convert("L").convert("RGB"))
+    return {"cut out": alone, "mirror": scene[:, ::-1], "grey": grey}[operation]
+
+
 def to_images(arrays, device):
     """uint8 (H, W, 3) arrays -> (B, 3, H, W) in [-1, 1]"""
     return from_bytes(torch.from_numpy(np.stack(arrays)).to(device))
@@ -274,7 +283,6 @@ def from_bytes(pictures):
 
 
 # ---- Pictures out -----------------------------------------------------------------------------------------
-
 
 def to_arrays(images):
     """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)"""
@@ -295,13 +303,6 @@ def whole_file(path):
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
-
-
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{path}: no such folder, and none can be made ({error.strerror})") from error
 
 
 def save_sheet(rows, path):
@@ -328,7 +329,6 @@ def save_sheet(rows, path):
 
 
 # ---- The tokenizer ----------------------------------------------------------------------------------------
-
 
 class ResidualBlock(nn.Module):
     """x + conv(silu(conv(norm(x)))); starts as the identity.

@@ -37,8 +37,7 @@ from mentor import CONFIGS, Config, Mentor
 from sample import (Parser, add_device_flag, any_process, at_least, collate, evaluate, export, fill_codes,
                     follow_main, load_checkpoint, parse_mix, rank, run_script, save_checkpoint, save_samples,
                     say, stack_pictures, stop_signals, world)
-from tokenizer import (BadInput, Tokenizer, autocast, can_compile, emoji_font, from_bytes, has_bf16,
-                       make_folder, share_of_peak, whole_file)
+from tokenizer import BadInput, Tokenizer, autocast, emoji_font, from_bytes, has_bf16, whole_file
 
 # Per stage 0, 1, 2: optimizer steps, samples a step (pictures, in stage 0), peak learning rate. micro_batch:
 # how many sequences go through the transformer at once; it changes memory and speed, never the result.
@@ -61,7 +60,6 @@ CHECKPOINTS = ("tokenizer.pt", "stage1.pt", "stage2.pt")
 
 
 # ---- Optimisation -----------------------------------------------------------------------------------------
-
 
 def learning_rate(step, steps, peak):
     """5% linear warm-up, then a cosine towards zero (paper, section 4); counted in optimizer steps."""
@@ -131,7 +129,6 @@ def train_step(run, net, inputs, lr):
 
 
 # ---- The parts of a run -----------------------------------------------------------------------------------
-
 
 def find_subjects(sources, index):
     """data.load_subjects, but what was found is kept in a file until a folder, or the code that looks,
@@ -303,6 +300,17 @@ def make_loader(run, dataset, n_workers):
                       worker_init_fn=follow_main, pin_memory=plan.device.type == "cuda")
 
 
+def can_compile(device):
+    """Whether torch.compile works here; says so where it does not."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
+        return True
+    except Exception as error:  # no C++ compiler, no Triton
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        say(f"torch.compile does not work here ({why}): training slower, without it")
+        return False
+
+
 def parallel(model, device, compiled):
     """The model as a step calls it: blocks compiled, for any length of sequence; a copy a process."""
     if compiled:
@@ -350,21 +358,17 @@ def was_looked_at(run):
         return any(line.startswith(start) for line in file)
 
 
-def log_step(run, bar, loss, lr, n_steps, seconds, lengths):
+def log_step(run, bar, loss, lr, n_steps, seconds):
     """The mean loss of all processes, and the rate of the last n_steps, which took so many seconds."""
     if world() > 1:
         dist.all_reduce(loss)
     record = {"step": run.step, "loss": round(loss.item() / world(), 4), "lr": round(lr, 7),
               "samples_per_second": round(run.plan.batch_size * n_steps / seconds, 1)}
-    share = share_of_peak(run.model, lengths, seconds) if run.plan.stage else None
-    if share is not None:
-        record["share_of_peak"] = round(share, 3)
     bar.set_postfix({name: value for name, value in record.items() if name != "step"})
     log(run.plan, **record, seconds=round(run.seconds, 1))
 
 
 # ---- The loop, the same for all three stages --------------------------------------------------------------
-
 
 def train(stage, args, device):
     """Trains one stage to its end, or goes on with it; returns at once where it is finished."""
@@ -379,7 +383,7 @@ def train(stage, args, device):
         look(run, held_out)  # a kill came between checkpoint and figures
     net = parallel(run.model, device, args.compile and stage > 0)
     watched, saved, tick = torch.zeros((), device=device), run.step, time.time()
-    since, first, lengths = tick, run.step, []  # of what the next line of the log speaks of
+    since, first = tick, run.step  # of what the next line of the log speaks of
     bar = tqdm(make_loader(run, dataset, args.workers), f"stage {stage}", plan.steps, initial=run.step,
                disable=rank() > 0, mininterval=1)
     with bar, stop_signals() as stop:
@@ -394,7 +398,6 @@ def train(stage, args, device):
                 raise
             run.step += 1
             watched += loss + norm
-            lengths += [part.lengths for part in parts] if stage else []
             logs, looks, saves = run.step % 10 == 0, due(plan.steps // 10), due(plan.steps // 40)
             if not (logs or looks or saves or stop and world() == 1):
                 continue  # nothing so far has waited for the device
@@ -406,7 +409,7 @@ def train(stage, args, device):
             now = time.time()
             run.seconds, tick = run.seconds + now - tick, now
             if logs:
-                log_step(run, bar, loss, lr, run.step - first, now - since, lengths)
+                log_step(run, bar, loss, lr, run.step - first, now - since)
             if looks or saves or stopping:  # first the checkpoint, then what may fail
                 save_run(run)
                 saved = run.step
@@ -414,7 +417,7 @@ def train(stage, args, device):
                 leave(bar, plan, saved)
             if looks:
                 look(run, held_out)
-            since, first, lengths = time.time(), run.step, []
+            since, first = time.time(), run.step
     say(f"stage {stage} is finished: {plan.path}, and what it draws: {plan.sheet}")
     if any_process(stop, device):  # during the last step: all is saved, but no next stage begins
         sys.exit(130)
@@ -474,7 +477,10 @@ def main():
         args.compile = args.preset != "test" and args.stage > 0 and can_compile(device)
     if world() > 1:  # (two hours: the first process may look through a million images)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    make_folder(args.out)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{args.out}: no such folder, and none can be made ({error.strerror})") from error
     if args.show:
         return show(args.stage, args, device)
     plan = make_plan(args.stage, args, device)  # says now what is wrong, not after half an hour

@@ -375,8 +375,10 @@ def main():
     args = parser.parse_args()
     started, device = time.time(), torch.device(args.device)
     model, tokenizer = load_models(args.ckpt, device)
-    size, subjects = model.config.image_size, [s for s in data.load_subjects(args.data) if s.has_cutout]
-    held_out, trained = ([s for s in subjects if data.is_held_out(s) == wanted] for wanted in (True, False))
+    size, subjects = model.config.image_size, data.load_subjects(args.data)
+    has_cutout, is_held_out = subjects.table["has_cutout"], subjects.table["held_out"]
+    held_out, trained = ([subjects[i] for i in np.flatnonzero(has_cutout & (is_held_out == wanted))]
+                         for wanted in (True, False))
     if len(held_out) < 2:
         raise BadInput(f"--data {args.data}: fewer than two held-out cut-outs to tell apart")
     cases = make_cases(held_out, args.n, size, args.seed)

@@ -25,8 +25,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from mentor import CONFIGS, TASKS, Mentor, fill_prompt, generate, reference_patches
 from sample import Parser, add_device_flag, collate, fill_codes, run_script
-from tokenizer import Tokenizer, can_compile, has_bf16, peak_flops, share_of_peak
-from train import MIXES, SCHEDULES, Run, make_optimizers, make_plan, parallel, train_step
+from tokenizer import Tokenizer, has_bf16
+from train import MIXES, SCHEDULES, Run, can_compile, make_optimizers, make_plan, parallel, train_step
+
+# Of dense bf16 matrices, a second, by the makers' data sheets; a multiply-add counts as two.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def peak_flops(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+
+
+def share_of_peak(model, lengths, seconds):
+    """What share of the hardware's peak training a transformer (mentor.Mentor) was, on sequences of these
+    lengths (a list of (B,)) in as many seconds; None where the peak is not known. Counted are 6 operations a
+    weight and token, and 6 n_embd a layer and pair of tokens."""
+    peak = peak_flops(model.head_gain.device)
+    if peak is None:
+        return None
+    lengths, config = torch.cat(lengths).double(), model.config
+    n_weights = sum(parameter.numel() for parameter in model.blocks.parameters())
+    pairs = config.n_layer * config.n_embd * lengths.pow(2).sum().item()
+    return 6 * (n_weights * lengths.sum().item() + pairs) / seconds / peak
 
 
 def fastest(action, device, times=5):

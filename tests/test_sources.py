@@ -243,6 +243,36 @@ def test_words_of_a_long_file_name_fit_the_block(tmp_path):
     assert 70 < len(subject.caption.encode()) <= data.MAX_CAPTION
 
 
+def test_a_label_is_held_out_in_all_sources_at_once(tmp_path):
+    """Two hands draw each thing: neither's drawing of a held-out one may be trained on. They are two
+    subjects, not views of one."""
+    for hand in ("a", "b"):
+        for i in range(120):
+            sprite(tmp_path / hand / f"thing number {i}.png")
+    subjects = load_subjects(f"{tmp_path / 'a'},{tmp_path / 'b'}")
+    held_out = {subject.label for subject, out in zip(subjects, subjects.table["held_out"]) if out}
+    trained = {subject.label for subject, out in zip(subjects, subjects.table["held_out"]) if not out}
+    assert "240 subjects, 120 labels" in subjects.report and not held_out & trained
+    assert 4 <= len(held_out) <= 25 and subjects.table["held_out"].sum() == 2 * len(held_out)
+    few = load_subjects(str(sprite(tmp_path / "c" / "dog" / "1.png").parent.parent))
+    assert few.table["held_out"].tolist() == [data.is_held_out(few[0], by_label=False)]
+
+
+def test_a_photograph_is_a_ground_too_in_parts_of_it(tmp_path):
+    """Where no caption names it: of a picture red on the left and blue on the right parts are either."""
+    image = np.zeros((60, 60, 3), np.uint8)
+    image[:, :30], image[:, 30:] = (250, 0, 0), (0, 0, 250)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(image).save(tmp_path / "photos" / "1.png")
+    dataset = Tasks(SHAPES, {"segmentation": 1.0}, 32, (0,), True, load_subjects(str(tmp_path / "photos")))
+    shares = []
+    for i in range(100):
+        picture = np.asarray(dataset.background(np.random.default_rng(i), any_ground=True)[0]).astype(int)
+        red, blue = ((np.abs(picture - colour).max(2) < 20).mean() for colour in ((250, 0, 0), (0, 0, 250)))
+        shares += [red] if red + blue > 0.9 else []
+    assert 30 < len(shares) < 70 and min(shares) < 0.3 and max(shares) > 0.7
+
+
 def test_mirrored_files_are_views_of_one_subject(tmp_path):
     sprite(tmp_path / "owl.png")
     sprite(tmp_path / "owl_mirror.png")

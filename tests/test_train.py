@@ -16,6 +16,7 @@ import torch.distributed as dist
 from conftest import ROOT, TOY, noisy_model, script
 from torch.nn.parallel import DistributedDataParallel
 
+import bench_speed
 import data
 import sample
 import tokenizer
@@ -191,11 +192,11 @@ def test_gains_measure_whether_the_model_looks_at_its_prefix(model):
 
 def test_share_of_peak_counts_the_work_of_a_transformer(monkeypatch):
     model, lengths = Mentor(CONFIG), [torch.tensor([100, 50])]
-    assert tokenizer.share_of_peak(model, lengths, 2.0) is None  # nobody knows a CPU's
-    monkeypatch.setattr(tokenizer, "peak_flops", lambda device: 1e9)
+    assert bench_speed.share_of_peak(model, lengths, 2.0) is None  # nobody knows a CPU's
+    monkeypatch.setattr(bench_speed, "peak_flops", lambda device: 1e9)
     weights = 2 * (4 * 64 * 64 + 8 * 64 * 64)  # two layers: attention and MLP; their gains hardly count
     wanted = 6 * (weights * 150 + 2 * 64 * (100**2 + 50**2)) / 2.0 / 1e9
-    assert tokenizer.share_of_peak(model, lengths, 2.0) == pytest.approx(wanted, rel=0.01)
+    assert bench_speed.share_of_peak(model, lengths, 2.0) == pytest.approx(wanted, rel=0.01)
 
 
 # -- stages
