@@ -8,7 +8,8 @@
     python sample.py --ref dog.png                      the picture itself, redrawn (--prompt may describe it)
     python sample.py --prompt "a dog on the beach" -n 8 -o dogs.png             text alone; eight, as a grid
 
-The shipped model was trained before the second, third and fourth: they want one that you train.
+The shipped model cuts out by place, not by label alone, and does not know which of several references goes
+where.
 """
 import argparse
 import contextlib

@@ -18,7 +18,8 @@ same code: the true pictures, as they are and through the tokenizer (ceilings), 
 filled with one colour, the mean (what an outline and a hue are worth), the reference handed back as it is (CP
 without PF), and the same model without the reference (PF without CP). In the references the subject is large
 and in the middle, on whole patches, as in most of training; "reference anywhere" is .5 to .9 of the canvas
-and anywhere, and framed as sample.py does.
+and anywhere, and framed as sample.py does. "Any ground" is one of a kind that training has not
+(bench_grounds.py), or with --grounds a part of a photograph.
 """
 
 import argparse
@@ -367,6 +368,7 @@ def main():
     parser.add_argument(
         "--sweep", action="store_true", help="subject-driven alone, over a grid of --cfg-image and --cfg-text"
     )
+    parser.add_argument("--grounds", metavar="DIR", help="photographs for the rows of any ground")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     parser.add_argument(
         "-o", "--output", help="the sheet to write (default: quality.png, with --sweep: sweep.png)"
@@ -382,6 +384,9 @@ def main():
     if len(held_out) < 2:
         raise BadInput(f"--data {args.data}: fewer than two held-out cut-outs to tell apart")
     cases = make_cases(held_out, args.n, size, args.seed)
+    from bench_grounds import on_any_ground
+
+    unseen = on_any_ground(cases, size, args.seed, args.grounds)
     references, scenes = [case.reference for case in cases], [case.scene for case in cases]
 
     def drawn(task, references, cases=cases, guidance=None):
@@ -415,6 +420,11 @@ def main():
             "subject-driven, reference anywhere": drawn(
                 "subject-driven", framed(model, tokenizer, cases, scenes)
             ),
+            "copy the reference, any ground": np.stack([case.reference for case in unseen]),
+            "subject-driven, any ground": drawn("subject-driven", [case.reference for case in unseen]),
+            "subject-driven, any ground, anywhere": drawn(
+                "subject-driven", framed(model, tokenizer, cases, [case.scene for case in unseen])
+            ),
         }
         judged = judge(np.concatenate(list(shown.values())), cases * len(shown))
         rows = {
@@ -423,28 +433,24 @@ def main():
         }
         shown["text-to-image, known labels"] = drawn("text-to-image", None, known)
         rows["text-to-image, known labels"] = summary(judge(shown["text-to-image, known labels"], known))
-        shown["reconstruction"], shown["segmentation"] = drawn("reconstruction", scenes), drawn(
-            "segmentation", scenes
-        )
+        shown["reconstruction"] = drawn("reconstruction", scenes)
+        shown["segmentation"] = drawn("segmentation", scenes)
+        shown["segmentation, any ground"] = drawn("segmentation", [case.scene for case in unseen])
         seen = through_tokenizer(tokenizer, scenes + [case.alone for case in cases], device)
         copies = {
             "scenes through the tokenizer": copying(seen[: args.n], cases)
             | cutting_out(seen[args.n :], cases),
             "reconstruction": copying(shown["reconstruction"], cases),
             "segmentation": cutting_out(shown["segmentation"], cases),
+            "segmentation, any ground": cutting_out(shown["segmentation, any ground"], unseen),
         }
         path, sheet = args.output or "quality.png", []
         for name, pictures in shown.items():
-            asked = known if name.endswith("known labels") else cases
-            beside = (
-                ["scene"]
-                if name in ("reconstruction", "segmentation")
-                else (
-                    ["target"]
-                    if asked is known
-                    else ["scene" if name.endswith("anywhere") else "reference", "target"]
-                )
-            )
+            asked = known if "known" in name else unseen if "any ground" in name else cases
+            beside = ["scene" if name.endswith("anywhere") else "reference", "target"]
+            if name.startswith(("reconstruction", "segmentation")):
+                beside = ["scene"]
+            beside = beside[1:] if asked is known else beside
             cells = [
                 (
                     case.subject.label if beside == ["scene"] else case.caption,

@@ -12,6 +12,7 @@ import bench_quality
 import bench_several
 import data
 from tokenizer import emoji_font
+from bench_grounds import on_any_ground
 from bench_quality import copying, cutting_out, draw_cases, flattened, judge, make_cases, summary
 
 
@@ -69,6 +70,16 @@ def test_copies_and_cutouts_of_the_truth_are_perfect_and_a_black_picture_is_not(
     assert cutting_out(black, cases)["IoU"] == 0 and cutting_out(black, cases)["colour error"] > 0.2
 
 
+def test_unseen_grounds_hide_no_subject_and_repeat_themselves(cases):
+    moved = on_any_ground(cases, 64, 0)
+    assert all(np.array_equal(a.scene, b.scene) for a, b in zip(moved[:5], on_any_ground(cases[:5], 64, 0)))
+    assert len({case.reference[0, 0].tobytes() for case in moved}) > 30  # no two grounds are alike
+    truth = cutting_out(np.stack([case.alone for case in moved]), moved)
+    assert truth["IoU"] > 0.9 and truth["colour error"] == 0
+    score = summary(judge(np.stack([case.reference for case in moved]), moved))
+    assert score["CP"] > 0.6 and score["background"] < 0.2 and score["PF"] < 0.5
+
+
 def test_without_references_the_model_is_given_words_alone(cases, monkeypatch):
     asked = []
     monkeypatch.setattr(
@@ -110,7 +121,7 @@ def test_bench_runs_and_repeats_itself(trained, tmp_path, monkeypatch, capsys, s
         figures.append(json.loads((tmp_path / "figures.json").read_text()))
     assert figures[0] == figures[1] and (tmp_path / "sheet.png").stat().st_size > 1000
     assert (
-        len(figures[0]) == (4 if sweep else 11 + 6 + 9 + 3) and "| CP | CP big |" in capsys.readouterr().out
+        len(figures[0]) == (4 if sweep else 15 + 6 + 9 + 3) and "| CP | CP big |" in capsys.readouterr().out
     )
     assert sweep or figures[0]["copy the reference"]["background"] == 0
 
