@@ -15,24 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from mentor import TASKS
+from mentor import MAX_BACKGROUND, MAX_CAPTION, MAX_LABEL, TASKS, clean_text
 from tokenizer import (BACKGROUNDS, BLACK, COLOURS, OPERATIONS, SHAPES, BadInput, alpha_cuts_out,
                        draw_background, draw_emoji, draw_ground, draw_shape, emoji_font, fill_outline,
                        open_square, operate, over, read_image, turn_hue)
 
 say_once = functools.cache(lambda text: print(text, file=sys.stderr))
-# ---- Words ------------------------------------------------------------------------------------------------
-
-MAX_LABEL, MAX_BACKGROUND, MAX_CAPTION = 24, 40, 80  # bytes; more would fill the block
-
-
-def clean_text(text, limit=None):
-    """The words of a prompt as the model knows them, in training and in sample.py alike: the first line, in
-    small letters, without a full stop, and cut between words to at most `limit` bytes."""
-    text = " ".join(text.strip().split("\n")[0].lower().split()).rstrip(".")
-    while limit and len(text.encode()) > limit:
-        text = text.rsplit(" ", 1)[0] if " " in text else text.encode()[:limit].decode(errors="ignore")
-    return text.rstrip("., ")
 
 
 def clean_label(text):
@@ -52,6 +40,7 @@ class Subject(NamedTuple):
     mask: str = ""           # a mask image beside the file, where the alpha channel does not say it
     has_cutout: bool = True  # False: a plain picture, for tasks that need no cut-out, and for backgrounds
     caption: str = ""        # a plain picture's words
+    split: str = ""          # "train" or "test", where a metadata.jsonl says so
 
 
 NO_EMOJI = "no colour emoji font found (apt-get install fonts-noto-color-emoji brings one)"
@@ -59,17 +48,39 @@ NO_EMOJI = "no colour emoji font found (apt-get install fonts-noto-color-emoji b
 NOT_A_THING = re.compile(
     r"REGIONAL|FITZPATRICK|COMPONENT|SQUARED|CIRCLED|IDEOGRAPH|ARROW|KEYCAP|CLOCK FACE|TRIANGLE|SIGN\b|SYMBOL"
     r"|MARK\b|SQUARE$|CIRCLE$|DIAMOND|INPUT|BUTTON|HEAVY|CURLY|DIGIT|NUMBER|LARGE|VARIATION")
+EMOJI = [*range(0x2300, 0x2C00), *range(0x1F300, 0x1FB00)]  # code points of Unicode's pictures
+IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+def emoji_label(char):
+    """Its name in Unicode; "" where that is no thing's, or too long."""
+    name = unicodedata.name(char, "").lower()
+    return name if len(name) <= MAX_LABEL and not NOT_A_THING.search(name.upper()) else ""
 
 
 def emoji_subjects():
     """Every drawn thing of the machine's colour emoji font, by its Unicode name. Raises BadInput."""
     if emoji_font() is None:
         raise BadInput(f"emoji: {NO_EMOJI}")
-    for char in map(chr, [*range(0x2300, 0x2C00), *range(0x1F300, 0x1FB00)]):
-        name = unicodedata.name(char, "").lower()
-        names_thing = 0 < len(name) <= MAX_LABEL and not NOT_A_THING.search(name.upper())
-        if names_thing and draw_emoji(char).getbbox():
+    for char in map(chr, EMOJI):
+        if (name := emoji_label(char)) and draw_emoji(char).getbbox():
             yield Subject("emoji/" + name, name, "emoji", char)
+
+
+is_emoji_set = functools.cache(lambda folder: any(folder.glob("*1f[3-9a][0-9a-f][0-9a-f].*")))
+
+
+def code_point_label(path):
+    """What a file shows that is named as in emoji sets: 1f436.png, emoji_u1f436.png, 2600-fe0f.png (where it
+    is not the picture after 2599.png). "": no such name. Raises ValueError where that is no one thing."""
+    match = re.fullmatch("(?:(?:emoji_)?u)?([0-9a-f]{2,5})((?:[-_][0-9a-f]{2,5})*)", path.stem.lower())
+    if not match or not is_emoji_set(path.parent):
+        return ""
+    number, is_one = int(match[1], 16), match[2][1:] in ("", "fe0f")
+    label = emoji_label(chr(number)) if number in EMOJI and is_one else ""
+    if not label:
+        raise ValueError("an emoji of several characters, or one that is no thing")
+    return label
 
 
 def shape_subjects():
@@ -78,14 +89,11 @@ def shape_subjects():
             for shape in SHAPES for a in COLOURS for b in COLOURS if a != b]
 
 
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-
-
 def folder_records(root):
     """What a folder says of its images, as lines of JSON: its metadata.jsonl, or else a line a file."""
     if (root / "metadata.jsonl").is_file():
         with open(root / "metadata.jsonl", encoding="utf-8-sig", errors="replace") as lines:
-            yield from filter(str.strip, lines)
+            yield from lines
         return
     for folder, _, files in sorted(os.walk(root)):  # (follows no links to folders: they may lead in circles)
         for file in sorted(files):
@@ -105,12 +113,15 @@ def file_subject(root, line):
     sidecar = original.with_suffix(".txt")
     text = str(record.get("text") or (sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""))
     file_or_class = original.stem if path.parent == root else path.parent.name
+    text = text or str(record.get("label") or "") or code_point_label(original)
     text = clean_text(text, MAX_CAPTION) or clean_text(file_or_class, MAX_CAPTION)
     subject_id = record.get("subject_id")
     name = original.relative_to(root).as_posix() if subject_id is None else f"subject_id {subject_id}"
     has_mask, label = mask != path, clean_label(str(record.get("label") or text)) or clean_label(text)
     subject = Subject(f"{root.resolve().name}/{name}", label, "file", str(path), str(mask) * has_mask,
-                      alpha_cuts_out(path) or has_mask, text)
+                      alpha_cuts_out(path) or has_mask, text, record.get("split") or "")
+    if subject.split not in ("", "train", "test"):
+        raise BadInput(f'"split" is {json.dumps(subject.split)}: write "train" or "test", or leave it out')
     json.dumps(subject, ensure_ascii=False).encode()  # names that are not Unicode cannot be kept
     return subject
 
@@ -120,9 +131,12 @@ def folder_subjects(folder, skipped):
     root = Path(folder)
     if not root.is_dir():
         raise BadInput(f"{folder}: no such folder (give emoji, shapes or a folder of images)")
-    for line in folder_records(root):
+    for number, line in enumerate(folder_records(root), 1):
         try:
-            yield file_subject(root, line)
+            if line.strip():
+                yield file_subject(root, line)
+        except BadInput as error:
+            raise BadInput(f"{root / 'metadata.jsonl'}, line {number}: {error}") from None
         except Exception as error:  # a damaged file can fail anywhere inside pillow
             skipped.append(f"{line.strip()[:80]} ({type(error).__name__}: {error})")
 
@@ -149,9 +163,10 @@ def cutout(subject, size=256):
 # ---- All subjects of a run, found once and kept in an index -----------------------------------------------
 
 def is_held_out(subject, by_label=True):
-    """One subject in ten is never trained on. A hash of its label says which, in all sources at once, so that
-    no other hand's drawing of that thing is seen either; of its name, where a run has few labels."""
-    return zlib.crc32((subject.label if by_label else subject.name).encode()) % 10 == 0
+    """One subject in ten is never trained on: where no split says, by a hash of its label, so that no other
+    hand's drawing of that thing is seen either, in any source; or of its name, where labels are few."""
+    one_in_ten = zlib.crc32((subject.label if by_label else subject.name).encode()) % 10 == 0
+    return subject.split == "test" if subject.split else one_in_ten
 
 
 # subject: a number that its pictures share; start, end: of its line. (Unaligned, searchsorted would copy.)
@@ -163,7 +178,6 @@ class Subjects:
     """All pictures of a run, a sequence of Subject. Kept as lines of text in one array, and a few numbers
     each (FIELDS), pictures of one subject side by side: a million of them are a few big arrays, which forked
     workers share, and not ten million objects. report: what there is, in words."""
-
     def __init__(self, lines, table, report):
         self.lines, self.table, self.report = lines, table, str(report)
 
@@ -173,35 +187,36 @@ class Subjects:
     def __getitem__(self, i):
         return Subject(*json.loads(self.lines[self.table["start"][i]:self.table["end"][i]].tobytes()))
 
-    def views(self, i):
-        """Indices of all pictures that show the subject of picture i."""
-        numbers = self.table["subject"]
-        return range(*np.searchsorted(numbers, [numbers[i], numbers[i] + 1]))
+    def other_views(self, i):
+        """Indices of all other cut-outs that show the subject of picture i."""
+        numbers, has_cutout = self.table["subject"], self.table["has_cutout"]
+        views = range(*np.searchsorted(numbers, [numbers[i], numbers[i] + 1]))
+        return [view for view in views if view != i and has_cutout[view]]
 
 
 def scan(sources):
     """Looks through the sources -> dict(lines, table, report), what Subjects is made of. Raises BadInput."""
-    numbers, labels, rows, skipped, lines, held_out = {}, set(), [], [], bytearray(), []
+    numbers, labels, rows, skipped, lines = {}, set(), [], [], bytearray()
     for source in sources:
         before, builtin = len(rows), {"emoji": emoji_subjects, "shapes": shape_subjects}.get(source)
         for subject in builtin() if builtin else folder_subjects(source, skipped):
             start, number = len(lines), numbers.setdefault(subject.name, len(numbers))
             lines += json.dumps(subject).encode()
-            rows.append((number, start, len(lines), False, subject.has_cutout))
-            held_out.append([is_held_out(subject, by_label) for by_label in (False, True)])
+            rows.append((number, start, len(lines), is_held_out(subject), subject.has_cutout))
             labels.add(subject.label)
         if len(rows) == before:
             endings, why = ", ".join(sorted(IMAGE_ENDINGS)), "".join(skipped[:1])
             raise BadInput(f"{source}: not one usable image in it (looked for {endings}) {why}")
-    table = np.array(rows, FIELDS)
-    held_out = np.array(held_out)[:, int(len(labels) >= 100)]
-    table["held_out"] = np.bincount(table["subject"], held_out)[table["subject"]] > 0  # all views, if any
+    lines, table = np.frombuffer(lines, np.uint8), np.array(rows, FIELDS)
+    if len(labels) < 100:
+        table["held_out"] = [is_held_out(subject, by_label=False) for subject in Subjects(lines, table, "")]
+    table["held_out"] = np.bincount(table["subject"], table["held_out"])[table["subject"]] > 0  # all views
     table = table[table["subject"].argsort(kind="stable")]
     views, n_cutouts = np.bincount(table["subject"]), table["has_cutout"].sum()
     report = (f"{len(table)} images, {n_cutouts} of them cut-outs; {len(numbers)} subjects, "
               f"{len(labels)} labels, {(views * (views - 1)).sum()} pairs of views; "
               f"skipped {len(skipped)} files") + "".join(f"\n  {why}" for why in skipped[:3])
-    return {"lines": np.frombuffer(lines, np.uint8), "table": table, "report": report}
+    return {"lines": lines, "table": table, "report": report}
 
 
 def load_subjects(sources=None):
@@ -256,8 +271,7 @@ def choose_looks(rng, n, anywhere=0.0):
 
 
 def write_caption(rng, things, background):
-    """One of several wordings. things: (label, size, place) each, named in any order. size "": big; place "":
-    in the middle; None: unsaid."""
+    """A wording of things, (label, size, place) each, in any order. "": big, in the middle; None: unsaid."""
     phrases = []
     for i in rng.permutation(len(things)):
         label, size, place = things[i]
@@ -329,9 +343,7 @@ class Tasks:
     """A map-style dataset of Sample: item `index` is a pure function of (seed, index), whatever the workers.
 
     mix: task -> its share. seed: a list of numbers. With `train`, a subject that a reference shows is
-    varied, unless it has other views; without, the dataset holds the held-out subjects alone.
-    """
-
+    varied, unless it has other views; without, the dataset holds the held-out subjects alone."""
     def __init__(self, subjects, mix, size, seed, train=True, backgrounds=()):
         self.subjects, self.mix, self.size, self.seed, self.train = subjects, mix, size, seed, train
         self.backgrounds = backgrounds
@@ -361,7 +373,6 @@ class Tasks:
         raise BadInput("a hundred images in a row could not be read")
 
     # One method a task: picture i, which shows the subject -> Sample
-
     def text_to_image(self, i, subject, rng):
         if not subject.has_cutout:
             return self.plain_picture(subject)
@@ -369,19 +380,17 @@ class Tasks:
 
     def reconstruction(self, i, subject, rng):
         """The target is the reference. Where its ground has no words, and once in ten, nor has the prompt."""
-        named = rng.uniform() < 0.5
         if not subject.has_cutout:
             scene = self.plain_picture(subject)
         else:
-            scene = self.scene([i], [self.sprite(i, rng)], rng, anywhere=0.7, any_ground=not named)[0]
+            scene = self.scene([i], [self.sprite(i, rng)], rng, 0.7, any_ground=rng.uniform() < 0.5)[0]
         return scene._replace(references=[scene.target], caption=scene.caption if rng.uniform() < 0.9 else "")
 
     def segmentation(self, i, subject, rng):
         """The target is the subject's own pixels, in place, on black: of the only one in the scene, or of one
         of several, asked for by label, place or both. Where labels tell them apart they look as they do."""
         numbers = self.different(i, rng.integers(1, 5), rng)
-        asked_by = str(rng.choice(["label", "place", "both"], p=[0.76, 0.12, 0.12]))
-        asked_by = asked_by if len(numbers) > 1 else ""
+        asked_by = str(rng.choice(["label", "place", "both"], p=[0.76, 0.12, 0.12])) * (len(numbers) > 1)
         sprites = [self.sprite(number, rng, change=asked_by != "label") for number in numbers]
         scene, parts, _ = self.scene(numbers, sprites, rng, anywhere=0.7, any_ground=True)
         alone, mask, place = parts[0]
@@ -404,13 +413,12 @@ class Tasks:
         return self.redrawn(self.different(i, rng.integers(2, 5), rng), rng)
 
     def in_context(self, i, subject, rng):
-        """The references are an example, before and after, and a query; the target is what the operation of
-        the example makes of the query, which shows another subject on another background."""
+        """The references are an example, before and after, and a query; the target is the query's after. It
+        shows another subject on another background."""
         operation, turn, pictures = str(rng.choice(OPERATIONS)), int(rng.integers(32, 224)), []
         behind, _, *names = self.background(rng)
         for number in (self.different(i, 2, rng)[-1], i):
-            sprite = self.sprite(number, rng)
-            scene, parts, name = self.scene([number], [sprite], rng, other_than=names, any_ground=True)
+            scene, parts, name = self.scene([number], [self.sprite(number, rng)], rng, 0.0, names, True)
             (alone, mask, _), = parts
             names.append(name)
             after = operate(operation, scene.target, alone, mask, np.asarray(behind), turn)
@@ -420,20 +428,15 @@ class Tasks:
         return scene._replace(references=references, target=target, mask=mask)
 
     # What they share
-
     def plain_picture(self, subject):
         target = np.asarray(open_square(subject.path, self.size))
         return Sample((subject.label,), subject.caption, [], target, np.zeros_like(target[..., 0]))
-
-    def other_views(self, i):
-        views, has_cutout = self.subjects.views(i), self.subjects.table["has_cutout"]
-        return [view for view in views if view != i and has_cutout[view]]
 
     def sprite(self, i, rng, change=True):
         """Picture i's cut-out. In training two in five are filled with another subject's pixels, and all are
         varied; not where there are other views, which differ anyway, or without `change`."""
         sprite = cutout(self.subjects[i], self.size)
-        if not self.train or not change or self.other_views(i):
+        if not self.train or not change or self.subjects.other_views(i):
             return sprite
         if rng.uniform() < 0.4:
             other = self.subjects[self.cutouts[rng.integers(len(self.cutouts))]]
@@ -449,9 +452,8 @@ class Tasks:
         return list(chosen.values())
 
     def background(self, rng, other_than=(), any_ground=False):
-        """A photograph of --backgrounds, or one drawn by code; with any_ground, where no caption names it,
-        also a part of a photograph or of a plain picture, or a ground of any look -> RGB image, its words
-        ("": none), and its name, which is none of `other_than`."""
+        """A photograph of --backgrounds, or one drawn by code; any_ground, where no caption names it: a part
+        of a picture, too, or any look -> RGB image, its words or "", its name, which is none of other_than"""
         pools = [(self.backgrounds, range(len(self.backgrounds)), 0.5)]
         if any_ground:  # few pictures are taken seldom: they would soon be everywhere
             pools.append((self.subjects, self.plain, min(0.5, len(self.plain) / 40)))
@@ -468,9 +470,8 @@ class Tasks:
         return draw_background(words, self.size, rng), words, words
 
     def scene(self, numbers, sprites, rng, anywhere=0.0, other_than=(), any_ground=False):
-        """Sprites of these pictures, as the caption says, if their background has words -> Sample without
-        references; of each what it shows alone on black, its mask, its place in words; the background's
-        name."""
+        """Sprites of these pictures, as the caption says, if the background has words -> Sample without
+        references; of each what it shows alone on black, its mask, its place in words; background's name."""
         looks, parts = choose_looks(rng, len(sprites), anywhere), []
         image, words, name = self.background(rng, other_than, any_ground)
         for sprite, (placement, _, place) in zip(sprites, looks):
@@ -492,8 +493,7 @@ class Tasks:
         sprites = [self.sprite(number, rng) for number in numbers]
         scene, _, background = self.scene(numbers, sprites, rng)
         for number, sprite in zip(numbers, sprites):
-            views = self.other_views(number)
-            if views:
+            if views := self.subjects.other_views(number):
                 sprite = cutout(self.subjects[views[rng.integers(len(views))]], self.size)
             where = AS_GIVEN if rng.uniform() < 0.65 else free_placement(rng)
             scene.references.append(self.elsewhere(sprite, where, background, rng))

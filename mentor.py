@@ -56,6 +56,17 @@ CONFIGS = {
 # 256 bytes, then: begin of sequence, begin and end of an image, padding, and CODE, a patch of an image. Which
 # codes the patch has stands beside its id, in its place (build_sequence).
 BOS, BOI, EOI, PAD, CODE = range(256, 261)
+MAX_LABEL, MAX_BACKGROUND, MAX_CAPTION = 24, 40, 80  # bytes; more would fill the block
+
+
+def clean_text(text, limit=None):
+    """The words of a prompt as the model knows them, in training and in sample.py alike: the first line, in
+    small letters, without a full stop, and cut between words to at most `limit` bytes."""
+    text = " ".join(text.strip().split("\n")[0].lower().split()).rstrip(".")
+    while limit and len(text.encode()) > limit:
+        text = text.rsplit(" ", 1)[0] if " " in text else text.encode()[:limit].decode(errors="ignore")
+    return text.rstrip("., ")
+
 
 # ---- The tasks --------------------------------------------------------------------------------------------
 # To add one, colourisation say, write a row here, a method of its name (with _ for -) in data.py's Tasks,
@@ -375,14 +386,11 @@ def guidance_branches(pieces, references, cfg_image, cfg_text):
     return [branch for branch in branches if abs(branch[0]) > 1e-6]
 
 
-def draw_codes(logits, uniform, temperature, top_k):
+def draw_codes(logits, uniform, temperature):
     """Draws a code a row by one number from [0, 1) each: the first up to which probabilities add up to it.
-    logits (B, codebook_size), uniform (B,) -> (B,). Temperature 0 takes the likeliest, top_k 0 all."""
+    logits (B, codebook_size), uniform (B,) -> (B,). Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
     cumulative = (logits / temperature).softmax(-1).cumsum(-1)  # (B, codebook_size)
     passed = cumulative <= uniform[:, None] * cumulative[:, -1:]
     return passed.sum(-1).clamp_max(logits.shape[-1] - 1)
@@ -394,11 +402,9 @@ class Drawing:
     branch by branch, group by group. All that a step reads or writes is allocated before and changed in
     place, and no step brings a number to Python: so a CUDA graph or torch.compile can take it."""
 
-    def __init__(self, model, prompts, n, seed, temperatures, top_k, cfg_image, cfg_text, exact=False,
-                 sizes=(0, 1)):
+    def __init__(self, model, prompts, n, seed, temperatures, cfg_image, cfg_text, exact=False, sizes=(0, 1)):
         config, device, levels = model.config, model.head_gain.device, model.config.n_codebooks
-        self.model, self.top_k = drawing_copy(model, exact), top_k
-        self.temperatures = temperatures[:levels]
+        self.model, self.temperatures = drawing_copy(model, exact), temperatures[:levels]
         n_groups = -(-n // GROUP_SIZE)
         self.G = -(-n // n_groups)
         self.n_drawn = n_groups * self.G  # pictures of a prompt: n, and a few that fill the groups
@@ -460,7 +466,7 @@ class Drawing:
         codes = self.codes[:, 0, :0]  # (pictures, 0)
         for level, temperature in enumerate(self.temperatures):
             logits = self.guide(self.model.logits(self.x, self.to_branches(codes), self.table))
-            code = draw_codes(logits, uniform[:, level], temperature, self.top_k)
+            code = draw_codes(logits, uniform[:, level], temperature)
             codes = torch.cat((codes, code[:, None]), 1)
         self.codes.index_copy_(1, self.patch, codes[:, None])
 
@@ -478,15 +484,15 @@ class Drawing:
 
 
 @torch.inference_mode()
-def generate(model, prompts, n=1, seed=0, temperatures=TEMPERATURES, top_k=0, cfg_image=1.0, cfg_text=1.0,
-             exact=False, sizes=(0, 1)):
+def generate(model, prompts, n=1, seed=0, temperatures=TEMPERATURES, cfg_image=1.0, cfg_text=1.0, exact=False,
+             sizes=(0, 1)):
     """Draws n pictures of each prompt -> codes (len(prompts) * n, N, n_codebooks).
 
     prompts: list of (pieces, references), as build_sequence takes them, and sizes, too. temperatures: one a
     codebook. Row i of the result uses the random numbers of seed + i, whatever is drawn beside it. exact: in
     fp32, where that makes it the same picture; in bf16 rounding may turn it into another.
     """
-    drawing = Drawing(model, prompts, n, seed, temperatures, top_k, cfg_image, cfg_text, exact, sizes)
+    drawing = Drawing(model, prompts, n, seed, temperatures, cfg_image, cfg_text, exact, sizes)
     drawing.draw_patch()
     repeat(drawing.step, model.config.n_codes - 1, drawing.codes.device)
     return drawing.codes.unflatten(0, (len(prompts), -1))[:, :n].flatten(0, 1)

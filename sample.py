@@ -31,8 +31,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from data import AS_GIVEN, IMAGE_ENDINGS, Subject, clean_label, clean_text, compose, cutout
-from mentor import (TASKS, TEMPERATURES, Config, Mentor, build_sequence, fill_prompt, generate,
+from data import AS_GIVEN, IMAGE_ENDINGS, Subject, clean_label, compose, cutout
+from mentor import (TASKS, TEMPERATURES, Config, Mentor, build_sequence, clean_text, fill_prompt, generate,
                     hide_condition, pad_sequences, reference_patches)
 from tokenizer import (BadInput, Tokenizer, autocast, from_bytes, open_square, quality, read_image,
                        save_sheet, to_arrays, to_images, whole_file)
@@ -444,7 +444,6 @@ def parse_args():
     parser.add_argument("--temperature", type=from_zero, nargs="+", default=TEMPERATURES,
                         help="0 takes the likeliest codes; a number, or one a codebook (default: "
                              f"{' '.join(map(str, TEMPERATURES))})")
-    parser.add_argument("--top-k", type=at_least(0), default=0, help="draw from the k likeliest (0: all)")
     parser.add_argument("--cfg-image", type=from_zero, help="how closely to follow the references")
     parser.add_argument("--cfg-text", type=from_zero, help="and the text (default: as suits the task)")
     parser.add_argument("--ckpt", help="a trained model (default: out/stage2.pt, or else weights/cpu.pt)")
@@ -476,7 +475,7 @@ def main():
     references = [open_reference(path, label, task, model, tokenizer)
                   for path, label in itertools.zip_longest([*args.example, *args.ref], labels)]
     pictures = draw(model, tokenizer, task, [(prompt, references)], n=args.n, seed=args.seed,
-                    top_k=args.top_k, temperatures=temperatures, cfg_image=cfg_image, cfg_text=cfg_text,
+                    temperatures=temperatures, cfg_image=cfg_image, cfg_text=cfg_text,
                     exact=True)
     seconds = (time.time() - started) / args.n
 

@@ -199,7 +199,7 @@ def test_only_training_fills_outlines_and_only_where_no_view_shows_the_subject(m
     for i in range(200):
         tasks("subject-driven")[i]
     assert 50 < len(filled) < 110  # two in five
-    monkeypatch.setattr(Tasks, "other_views", lambda self, i: [i])
+    monkeypatch.setattr(data.Subjects, "other_views", lambda self, i: [i])
     filled.clear()
     for i in range(50):
         tasks("subject-driven")[i]

@@ -273,6 +273,39 @@ def test_a_photograph_is_a_ground_too_in_parts_of_it(tmp_path):
     assert 30 < len(shares) < 70 and min(shares) < 0.3 and max(shares) > 0.7
 
 
+def test_files_of_emoji_sets_are_named_by_their_code_points(tmp_path):
+    for name in ("1f436.png", "emoji_u1f431.png", "u1f98a.png", "2600-fe0f.png", "26BD.png"):
+        sprite(tmp_path / "set" / "72x72" / name)
+    for name in ("1f468-200d-1f33e.png", "1f44d-1f3fb.png", "emoji_u1f1e6_1f1e8.png", "a9.png"):
+        sprite(tmp_path / "set" / "72x72" / name)  # several characters, or none of a thing
+    for name in ("2600.png", "face.png", "12345.png"):  # no emoji set: nothing else in it is named so
+        sprite(tmp_path / "photos" / name)
+    sprite(tmp_path / "set" / "other" / "1f600.png")
+    (tmp_path / "set" / "other" / "1f600.txt").write_text("a grin")
+    subjects = load_subjects(str(tmp_path / "set"))
+    labels = {"dog face", "cat face", "fox face", "black sun with rays", "soccer ball", "grin"}
+    assert {subject.label for subject in subjects} == labels and "skipped 4 files" in subjects.report
+    assert {subject.label for subject in load_subjects(str(tmp_path / "photos"))} == {"2600", "face", "12345"}
+    if emoji_font():  # what is held out of one source is held out of the other
+        both = load_subjects(f"emoji,{tmp_path / 'set'}")
+        out = {(subject.label, bool(out)) for subject, out in zip(both, both.table["held_out"])}
+        assert len(out) == len({label for label, _ in out})
+
+
+def test_what_metadata_says_of_the_split_goes_first(tmp_path):
+    names = [sprite(tmp_path / f"{i}.png").name for i in range(120)]
+    splits = ("train", "test", None) * 40
+    lines = [{"file_name": a, "label": f"a {a}", "split": b} for a, b in zip(names, splits)]
+    (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    subjects = load_subjects(str(tmp_path))
+    for subject, held_out in zip(subjects, subjects.table["held_out"]):
+        by_hash = zlib.crc32(subject.label.encode()) % 10 == 0
+        assert held_out == {"train": False, "test": True, "": by_hash}[subject.split]
+    (tmp_path / "metadata.jsonl").write_text("\n" + json.dumps({"file_name": "0.png", "split": "dev"}))
+    with pytest.raises(BadInput, match='metadata.jsonl, line 2: "split" is "dev": write "train" or "test"'):
+        load_subjects(str(tmp_path))
+
+
 def test_mirrored_files_are_views_of_one_subject(tmp_path):
     sprite(tmp_path / "owl.png")
     sprite(tmp_path / "owl_mirror.png")
@@ -283,7 +316,7 @@ def test_mirrored_files_are_views_of_one_subject(tmp_path):
         and "1 subjects" in subjects.report
         and "2 pairs" in subjects.report
     )
-    assert list(subjects.views(0)) == list(subjects.views(1)) == [0, 1]
+    assert subjects.other_views(0) == [1] and subjects.other_views(1) == [0]
 
 
 def test_photographs_and_plain_pictures_become_backgrounds(tmp_path):
