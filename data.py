@@ -15,20 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from mentor import MAX_BACKGROUND, MAX_CAPTION, MAX_LABEL, TASKS, clean_text
+from mentor import MAX_BACKGROUND, MAX_CAPTION, MAX_LABEL, TASKS, clean_label, clean_text
 from tokenizer import (BACKGROUNDS, BLACK, COLOURS, OPERATIONS, SHAPES, BadInput, alpha_cuts_out,
                        draw_background, draw_emoji, draw_ground, draw_shape, emoji_font, fill_outline,
                        open_square, operate, over, read_image, turn_hue)
-
-say_once = functools.cache(lambda text: print(text, file=sys.stderr))
-
-
-def clean_label(text):
-    """The same as the name of a thing: no article, at most MAX_LABEL bytes, and where it stands."""
-    text = clean_text(re.sub(r"^\s*(an?|the)\s+", "", text, flags=re.I))
-    name, place = re.fullmatch("(.*?)((?: (?:on|at) the (?:top |bottom |)(?:left|right))?)", text).groups()
-    return clean_text(name, MAX_LABEL) + place
-
 
 # ---- Subjects: where the cut-outs come from ---------------------------------------------------------------
 
@@ -43,12 +33,14 @@ class Subject(NamedTuple):
     split: str = ""          # "train" or "test", where a metadata.jsonl says so
 
 
+say_once = functools.cache(lambda text: print(text, file=sys.stderr))
 NO_EMOJI = "no colour emoji font found (apt-get install fonts-noto-color-emoji brings one)"
 # Signs rather than things: letters in boxes, arrows, clock faces, skin tones, flags of letters.
 NOT_A_THING = re.compile(
     r"REGIONAL|FITZPATRICK|COMPONENT|SQUARED|CIRCLED|IDEOGRAPH|ARROW|KEYCAP|CLOCK FACE|TRIANGLE|SIGN\b|SYMBOL"
     r"|MARK\b|SQUARE$|CIRCLE$|DIAMOND|INPUT|BUTTON|HEAVY|CURLY|DIGIT|NUMBER|LARGE|VARIATION")
 EMOJI = [*range(0x2300, 0x2C00), *range(0x1F300, 0x1FB00)]  # code points of Unicode's pictures
+is_emoji_set = functools.cache(lambda folder: any(folder.glob("*1f[3-9a][0-9a-f][0-9a-f].*")))
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -65,9 +57,6 @@ def emoji_subjects():
     for char in map(chr, EMOJI):
         if (name := emoji_label(char)) and draw_emoji(char).getbbox():
             yield Subject("emoji/" + name, name, "emoji", char)
-
-
-is_emoji_set = functools.cache(lambda folder: any(folder.glob("*1f[3-9a][0-9a-f][0-9a-f].*")))
 
 
 def code_point_label(path):
@@ -141,9 +130,9 @@ def folder_subjects(folder, skipped):
             skipped.append(f"{line.strip()[:80]} ({type(error).__name__}: {error})")
 
 
-@functools.lru_cache(maxsize=1200)  # more than there are emoji; a file's takes at most 256 kB, or 4 size^2
+@functools.lru_cache(maxsize=4000)  # at 80 px, as the cpu preset has it, 100 MB
 def cutout(subject, size=256):
-    """The subject's pixels, cropped to its mask -> RGBA image, at most 256 px or `size`. Raises BadInput."""
+    """The subject's pixels, cropped to its mask -> RGBA image, at most `size` a side. Raises BadInput."""
     at_half = [0] * 128 + [255] * 128  # masks are cut at half, never at > 0: no halo of the old background
     image = {"emoji": draw_emoji, "shapes": draw_shape, "file": read_image}[subject.source](subject.path)
     if subject.mask:
@@ -156,7 +145,7 @@ def cutout(subject, size=256):
         what = "is empty" if alpha.getbbox() is None else "hides nothing: this is no cut-out"
         raise BadInput(f"{subject.path}: its {'mask' if subject.mask else 'alpha'} {what}")
     image = image.crop(alpha.getbbox())
-    image.thumbnail((max(256, size),) * 2, reducing_gap=3)
+    image.thumbnail((size, size), reducing_gap=3)
     return image
 
 
@@ -184,6 +173,7 @@ class Subjects:
     def __len__(self):
         return len(self.table)
 
+    @functools.lru_cache(maxsize=4000)
     def __getitem__(self, i):
         return Subject(*json.loads(self.lines[self.table["start"][i]:self.table["end"][i]].tobytes()))
 
@@ -213,9 +203,9 @@ def scan(sources):
     table["held_out"] = np.bincount(table["subject"], table["held_out"])[table["subject"]] > 0  # all views
     table = table[table["subject"].argsort(kind="stable")]
     views, n_cutouts = np.bincount(table["subject"]), table["has_cutout"].sum()
-    report = (f"{len(table)} images, {n_cutouts} of them cut-outs; {len(numbers)} subjects, "
-              f"{len(labels)} labels, {(views * (views - 1)).sum()} pairs of views; "
-              f"skipped {len(skipped)} files") + "".join(f"\n  {why}" for why in skipped[:3])
+    report = (f"{len(table)} images, {n_cutouts} of them cut-outs; {len(numbers)} subjects, {len(labels)} "
+              f"labels, {(views * (views - 1)).sum()} pairs of views; skipped {len(skipped)} files"
+              + "".join(f"\n  {why}" for why in skipped[:3]))
     return {"lines": lines, "table": table, "report": report}
 
 
@@ -234,6 +224,7 @@ def load_subjects(sources=None):
 
 SIZES = {"": 0.75, "small": 0.5}                 # word: side of the subject's box, as a share of the canvas
 PLACES = {"on the left": 0.0, "": 0.5, "on the right": 1.0}
+N_BACKGROUNDS, N_GROUNDS = 60, 2000  # drawings of each background, and grounds: each drawn once a worker
 
 
 class Placement(NamedTuple):
@@ -293,10 +284,17 @@ def compose(sprite, background, placement):
     w, h = (max(1, round(n * side / max(sprite.size))) for n in sprite.size)
     x = round(placement.x * (canvas - side) + (side - w) / 2)
     y = round(placement.y * (canvas - side) + side - h)
-    layer = Image.new("RGBA", background.size)
-    layer.paste(sprite.resize((w, h), Image.Resampling.BICUBIC), (x, y))
-    scene = Image.alpha_composite(background.convert("RGBA"), layer).convert("RGB")
-    return scene, over(layer, BLACK), layer.getchannel("A")
+    sprite = sprite.resize((w, h), Image.Resampling.BICUBIC)
+    scene, alone, mask = background.copy(), *(Image.new(mode, background.size) for mode in ("RGB", "L"))
+    scene.paste(sprite, (x, y), sprite)
+    alone.paste(sprite, (x, y), sprite)
+    mask.paste(sprite.getchannel("A"), (x, y))
+    return scene, alone, mask
+
+
+@functools.lru_cache(maxsize=N_GROUNDS)
+def ground(size, number, other):
+    return draw_ground(size, np.random.default_rng(number), cutout(other, size))
 
 
 def vary(sprite, rng):
@@ -309,7 +307,7 @@ def vary(sprite, rng):
         for change in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
             sprite = change(sprite).enhance(rng.uniform(0.5, 1.3))
     if rng.uniform() < 0.2:
-        sprite = sprite.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
+        sprite = sprite.rotate(rng.uniform(-25, 25), Image.Resampling.BILINEAR, expand=True)
         sprite = sprite.crop(sprite.getbbox())
     return sprite
 
@@ -369,7 +367,7 @@ class Tasks:
             except BadInput as error:  # a broken file: another subject takes its place
                 say_once(f"skipped: {error}")
                 continue
-            return sample._replace(task=task, hide=str(rng.choice(["all", "text", ""], p=[0.1, 0.05, 0.85])))
+            return sample._replace(task=task, hide=["all", "text", ""][rng.choice(3, p=[0.1, 0.05, 0.85])])
         raise BadInput("a hundred images in a row could not be read")
 
     # One method a task: picture i, which shows the subject -> Sample
@@ -395,7 +393,7 @@ class Tasks:
         scene, parts, _ = self.scene(numbers, sprites, rng, anywhere=0.7, any_ground=True)
         alone, mask, place = parts[0]
         asked = {"place": f"thing {place}", "both": f"{subject.label} {place}"}.get(asked_by, subject.label)
-        return scene._replace(labels=(asked,), references=[scene.target], target=alone, mask=mask)
+        return scene._replace(labels=(asked,), references=[scene.target], target=np.asarray(alone), mask=mask)
 
     def recovery(self, i, subject, rng):
         """The reference is the subject distorted, anywhere on another background."""
@@ -413,21 +411,19 @@ class Tasks:
         return self.redrawn(self.different(i, rng.integers(2, 5), rng), rng)
 
     def in_context(self, i, subject, rng):
-        """The references are an example, before and after, and a query; the target is the query's after. It
-        shows another subject on another background."""
+        """The references are an example, before and after, and a query; the target is what comes after it."""
         operation, turn, pictures = str(rng.choice(OPERATIONS)), int(rng.integers(32, 224)), []
         behind, _, *names = self.background(rng)
         for number in (self.different(i, 2, rng)[-1], i):
             scene, parts, name = self.scene([number], [self.sprite(number, rng)], rng, 0.0, names, True)
             (alone, mask, _), = parts
             names.append(name)
-            after = operate(operation, scene.target, alone, mask, np.asarray(behind), turn)
+            after = operate(operation, scene.target, np.asarray(alone), mask, np.asarray(behind), turn)
             pictures += [scene.target, after]
         *references, target = pictures
         mask = mask[:, ::-1] if operation == "mirror" else mask
         return scene._replace(references=references, target=target, mask=mask)
 
-    # What they share
     def plain_picture(self, subject):
         target = np.asarray(open_square(subject.path, self.size))
         return Sample((subject.label,), subject.caption, [], target, np.zeros_like(target[..., 0]))
@@ -464,19 +460,23 @@ class Tasks:
                     image = open_square(picture.path, self.size, rng if any_ground else None)
                     return image, clean_text(picture.caption, MAX_BACKGROUND), picture.path
         if any_ground and rng.uniform() < 0.65:
-            other = self.subjects[self.cutouts[rng.integers(len(self.cutouts))]]
-            return draw_ground(self.size, rng, cutout(other, self.size)), "", ""
-        words = str(rng.choice([words for words in BACKGROUNDS if words not in other_than]))
-        return draw_background(words, self.size, rng), words, words
+            number = int(rng.integers(N_GROUNDS))
+            other = self.subjects[self.cutouts[zlib.crc32(b"%d" % number) % len(self.cutouts)]]
+            image = ground(self.size, number, other).transpose(int(rng.integers(7)))
+            return image, "", ""
+        others = [words for words in BACKGROUNDS if words not in other_than]
+        words = others[rng.integers(len(others))]
+        image = draw_background(words, self.size, int(rng.integers(N_BACKGROUNDS)))
+        return ImageOps.mirror(image) if rng.uniform() < 0.5 else image, words, words
 
     def scene(self, numbers, sprites, rng, anywhere=0.0, other_than=(), any_ground=False):
         """Sprites of these pictures, as the caption says, if the background has words -> Sample without
-        references; of each what it shows alone on black, its mask, its place in words; background's name."""
+        references; of each its image alone on black, its mask, its place in words; the background's name."""
         looks, parts = choose_looks(rng, len(sprites), anywhere), []
         image, words, name = self.background(rng, other_than, any_ground)
         for sprite, (placement, _, place) in zip(sprites, looks):
             image, alone, mask = compose(sprite, image, placement)
-            parts.append((np.asarray(alone), np.asarray(mask), place))
+            parts.append((alone, np.asarray(mask), place))
         labels = tuple(self.subjects[number].label for number in numbers)
         things = [(label, *look[1:]) for label, look in zip(labels, looks)]
         caption = write_caption(rng, things, words) if words else ""

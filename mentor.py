@@ -8,11 +8,14 @@ section 3). Each c, s and t is one place in the sequence: a patch, named by a fe
 (tokenizer.py); c is the reference as it is, s the same at two thirds.
 """
 import copy
+import functools
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +24,7 @@ from tokenizer import BadInput, has_bf16, repeat
 
 # ---- Configuration and vocabulary -------------------------------------------------------------------------
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     image_size: int = 64        # pixels a side
     downsample: int = 8         # pixels a side of a patch
@@ -50,8 +53,6 @@ CONFIGS = {
     "cpu": Config(),
     "gpu": Config(image_size=128, codebook_size=4096, channels=128, n_layer=12, n_head=12, n_embd=768,
                   block_size=1248),
-    "paper": Config(image_size=512, downsample=16, n_codebooks=1, codebook_size=16384, channels=256,
-                    n_layer=36, n_head=20, n_embd=1280, block_size=5 * 1024 + 512),
 }
 # 256 bytes, then: begin of sequence, begin and end of an image, padding, and CODE, a patch of an image. Which
 # codes the patch has stands beside its id, in its place (build_sequence).
@@ -66,6 +67,13 @@ def clean_text(text, limit=None):
     while limit and len(text.encode()) > limit:
         text = text.rsplit(" ", 1)[0] if " " in text else text.encode()[:limit].decode(errors="ignore")
     return text.rstrip("., ")
+
+
+def clean_label(text):
+    """The same as the name of a thing: no article, at most MAX_LABEL bytes, and where it stands."""
+    text = clean_text(re.sub(r"^\s*(an?|the)\s+", "", text, flags=re.I))
+    name, place = re.fullmatch("(.*?)((?: (?:on|at) the (?:top |bottom |)(?:left|right))?)", text).groups()
+    return clean_text(name, MAX_LABEL) + place
 
 
 # ---- The tasks --------------------------------------------------------------------------------------------
@@ -102,8 +110,7 @@ def fill_prompt(task, labels=("",), caption=""):
 
 
 def hide_condition(pieces, references, hide):
-    """A prompt as it is (hide ""), without its text ("text") or without text and images ("all"): what
-    guidance compares when it draws, and what training therefore hides now and then."""
+    """A prompt as it is (""), without its text ("text"), or nothing ("all"): what guidance compares."""
     if hide == "all":
         return [""], []
     return ([""] * len(pieces) if hide == "text" else pieces), references
@@ -111,6 +118,7 @@ def hide_condition(pieces, references, hide):
 
 # ---- The sequence -----------------------------------------------------------------------------------------
 
+@functools.cache
 def reference_patches(config, sizes=(0, 1)):
     """Which patches of a reference enter at these sizes (indices of Config.reference_sizes): of each, centred
     on its own canvas of N patches, those that it fills -> their numbers, counted through all canvases."""
@@ -124,56 +132,57 @@ def reference_patches(config, sizes=(0, 1)):
 
 def build_sequence(config, pieces, references, target=None, sizes=(0, 1)):
     """Texts with images between them -> one sequence.
-
     pieces: strings. references: at most one behind each piece: the codes of its patches that enter at these
     sizes (reference_patches), n_codebooks each. target: the picture's (N, n_codebooks). -> ids (T,), places
     (T, 3 + n_codebooks). With a target the last N tokens are <boi> and all its patches but the last: each
-    predicts the codes of the next patch. Without one, the sequence ends with <boi>, ready to draw. Raises
-    BadInput if it does not fit the block, with the number of bytes that do.
+    predicts the next patch. Without one the sequence ends with <boi>, ready to draw. Raises BadInput if it
+    does not fit the block.
 
     A place says where a token stands and, if it is a patch, what is there: (order, row, column, code, code,
     ...). The first three turn one rotary axis each. All patches of an image, at one size, share one order. A
     patch of a reference stands at its own row and column, a token of the picture at those of the patch it is
-    about to PREDICT. So when the model asks "what is drawn here?", the same patch of a reference differs in
-    the order alone: copying is easy to learn.
-    """
-    grid = [(row, column) for row in range(config.side) for column in range(config.side)]
-    no_codes = (0,) * config.n_codebooks
-    ids, places, order = [BOS], [(0, 0, 0, *no_codes)], 1
+    about to PREDICT: so the same patch of a reference differs in the order alone, and is easy to copy."""
+    ids, places = [], []
+    def add(new_ids, order, patches=0, codes=0):
+        rows = np.zeros((len(new_ids), 3 + config.n_codebooks), int)
+        rows[:, 0], rows[:, 1:3], rows[:, 3:] = order, patches, codes
+        ids.extend(new_ids)
+        places.append(rows)
+
+    grid = np.indices((config.side, config.side)).reshape(2, -1).T  # (N, 2): row, column
+    canvas, patch = divmod(reference_patches(config, sizes).numpy(), config.n_codes)
+    add([BOS], 0)
+    order = 1
     for i, piece in enumerate(pieces):
-        for byte in piece.encode():
-            ids.append(byte)
-            places.append((order, 0, 0, *no_codes))
-            order += 1
+        text = piece.encode()
+        add(text, order + np.arange(len(text)))
+        order += len(text)
         if i < len(references):
-            ids += [BOI] + [CODE] * len(references[i]) + [EOI]
-            places.append((order, 0, 0, *no_codes))
-            for number, codes in zip(reference_patches(config, sizes).tolist(), references[i].tolist()):
-                canvas, patch = divmod(number, config.n_codes)
-                places.append((order + 1 + sizes[canvas], *grid[patch], *codes))
-            places.append((order + 2 + sizes[-1], 0, 0, *no_codes))
+            n = len(references[i])
+            add([BOI], order)
+            add([CODE] * n, order + 1 + np.array(sizes)[canvas[:n]], grid[patch[:n]], references[i].cpu())
+            add([EOI], order + 2 + sizes[-1])
             order += 3 + sizes[-1]
     room = config.block_size - (len(ids) + config.n_codes)
     if room < 0:
         n_bytes = len("".join(pieces).encode())
         raise BadInput(f"--label and --prompt make a sentence of {n_bytes} bytes of text, "
                        f"and {max(0, n_bytes + room)} fit: shorten them")
-    ids.append(BOI)
-    places.append((order, *grid[0], *no_codes))
+    add([BOI], order, grid[0])
     if target is not None:
-        ids += [CODE] * (config.n_codes - 1)
-        places += [(order, *patch, *codes) for patch, codes in zip(grid[1:], target[:-1].tolist())]
-    return torch.tensor(ids), torch.tensor(places)
+        add([CODE] * (config.n_codes - 1), order, grid[1:], target[:-1])
+    return torch.tensor(ids), torch.from_numpy(np.concatenate(places))
 
 
 def pad_sequences(sequences, multiple=1):
-    """List of (ids, places) -> ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,), padded on the right.
-    T is rounded up to a multiple of `multiple`: matrices of odd sizes are slower.
-    Attention is causal, so nothing looks at the padding: no key mask, and no sample depends on its batch."""
+    """List of (ids, places) -> ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,), padded on the right
+    to a multiple: odd sizes are slower. Attention is causal: nothing looks at the padding, so no key mask."""
     lengths = torch.tensor([len(ids) for ids, _ in sequences])
     T = -(-int(lengths.max()) // multiple) * multiple
-    ids = torch.stack([F.pad(ids, (0, T - len(ids)), value=PAD) for ids, _ in sequences])
-    places = torch.stack([F.pad(p, (0, 0, 0, T - len(p))) for _, p in sequences])
+    ids = torch.full((len(sequences), T), PAD)
+    places = torch.zeros(len(sequences), T, sequences[0][1].shape[1], dtype=torch.long)
+    for row, (its_ids, its_places) in enumerate(sequences):
+        ids[row, :len(its_ids)], places[row, :len(its_ids)] = its_ids, its_places
     return ids, places, lengths
 
 
@@ -187,12 +196,10 @@ def rms_norm(x):
 
 def rotary_table(positions, config):
     """positions (B, T, 3) -> cos, sin (B, 1, T, head_dim), as `rotate` takes them.
-
     Half of the pairs turn with the order, a quarter each with row and column. At position 0 that is cos 1 and
     sin 0, the identity (a table of zeros would blind attention to the prefix, as it did in LlamaGen). Rows
-    and columns turn fast, from half a turn a patch to half a turn an image of `side` patches: neighbours must
-    be told apart by a single step for a patch to be copied and not blurred.
-    """
+    and columns turn fast, from half a turn a patch to half a turn an image of `side` patches: for a patch to
+    be copied and not blurred, neighbours must be told apart by a single step."""
     head_dim, side, angles = config.n_embd // config.n_head, config.side, []
     n_order, n_grid = head_dim // 4, head_dim // 8  # pairs that turn with the order; with row or column
     for axis, (n_pairs, fastest, base) in enumerate([(n_order, 1.0, 10000)] + 2 * [(n_grid, torch.pi, side)]):
@@ -290,10 +297,8 @@ class Mentor(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """text_embedding normal .02; code_embedding normal .1 and code_proj normal .2 (similar codes start
-        similar); qkv and fc uniform with variance 1 / n_embd; every proj zero (a block starts as the
-        identity); gain 1.5; head_gain 1.6 / n_embd: an untrained model hands its input on and would else be
-        sure that the last code comes again; so its loss is chance's."""
+        """Similar codes start similar; every proj is zero, so that a block starts as the identity; head_gain
+        is small: a model that hands its input on would else be sure that the last code comes again."""
         nn.init.normal_(self.text_embedding.weight, std=0.02)
         nn.init.normal_(self.code_embedding, std=0.1)
         nn.init.normal_(self.code_proj, std=0.2)
@@ -365,8 +370,7 @@ GROUP_SIZE = 8  # pictures side by side: more would share more of the prompt, bu
 
 
 def drawing_copy(model, exact=False):
-    """The model with its matrices in bf16 where the hardware multiplies it, unless it has to be exact: cast
-    once, not at every use."""
+    """The model, its matrices cast to bf16 once, where hardware multiplies it and it need not be exact."""
     dtype = torch.bfloat16 if has_bf16(model.head_gain.device) and not exact else torch.float32
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # deepcopy's memo
     for module in model.modules():
@@ -399,8 +403,8 @@ def draw_codes(logits, uniform, temperature):
 class Drawing:
     """The pictures of one `generate` while they are drawn. The G of a group are G query tokens of a row:
     after the prompt that they share, each sees its own patches alone. Rows go prompt by prompt, guidance
-    branch by branch, group by group. All that a step reads or writes is allocated before and changed in
-    place, and no step brings a number to Python: so a CUDA graph or torch.compile can take it."""
+    branch by branch, group by group. A step changes in place what was allocated before and brings no number
+    to Python: so a CUDA graph or torch.compile can take it."""
 
     def __init__(self, model, prompts, n, seed, temperatures, cfg_image, cfg_text, exact=False, sizes=(0, 1)):
         config, device, levels = model.config, model.head_gain.device, model.config.n_codebooks
@@ -487,11 +491,9 @@ class Drawing:
 def generate(model, prompts, n=1, seed=0, temperatures=TEMPERATURES, cfg_image=1.0, cfg_text=1.0, exact=False,
              sizes=(0, 1)):
     """Draws n pictures of each prompt -> codes (len(prompts) * n, N, n_codebooks).
-
     prompts: list of (pieces, references), as build_sequence takes them, and sizes, too. temperatures: one a
     codebook. Row i of the result uses the random numbers of seed + i, whatever is drawn beside it. exact: in
-    fp32, where that makes it the same picture; in bf16 rounding may turn it into another.
-    """
+    fp32, where that makes it the same picture; in bf16 rounding may turn it into another."""
     drawing = Drawing(model, prompts, n, seed, temperatures, cfg_image, cfg_text, exact, sizes)
     drawing.draw_patch()
     repeat(drawing.step, model.config.n_codes - 1, drawing.codes.device)

@@ -31,9 +31,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from data import AS_GIVEN, IMAGE_ENDINGS, Subject, clean_label, compose, cutout
-from mentor import (TASKS, TEMPERATURES, Config, Mentor, build_sequence, clean_text, fill_prompt, generate,
-                    hide_condition, pad_sequences, reference_patches)
+from data import AS_GIVEN, IMAGE_ENDINGS, Subject, compose, cutout
+from mentor import (TASKS, TEMPERATURES, Config, Mentor, build_sequence, clean_label, clean_text, fill_prompt,
+                    generate, hide_condition, pad_sequences, reference_patches)
 from tokenizer import (BadInput, Tokenizer, autocast, from_bytes, open_square, quality, read_image,
                        save_sheet, to_arrays, to_images, whole_file)
 
@@ -100,9 +100,12 @@ def at_sizes(config, task, picture):
     its edges continued."""
     pictures = []
     for index in TASKS[task].sizes:
+        if config.reference_sizes[index] == 1:
+            pictures.append(picture)
+            continue
         margin = round(len(picture) * (1 / config.reference_sizes[index] - 1) / 2)
-        wider = np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
-        shrunk = Image.fromarray(wider).resize(picture.shape[:2], Image.Resampling.BICUBIC)
+        wider = np.arange(-margin, len(picture) + margin).clip(0, len(picture) - 1)
+        shrunk = Image.fromarray(picture[wider][:, wider]).resize(picture.shape[:2], Image.Resampling.BICUBIC)
         pictures.append(np.asarray(shrunk))
     return pictures
 

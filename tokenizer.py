@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 
@@ -112,8 +112,7 @@ def square_of(image, size, share=1, x=0.5, y=0.5):
 
 
 def open_square(path, size, rng=None):
-    """Any image file -> RGB image, size x size: the centred square, or with a random generator a part of it,
-    anywhere; alpha on white. Raises BadInput."""
+    """Any image file -> RGB, size x size: the centred square, or by rng a part of it. Raises BadInput."""
     where = () if rng is None else rng.uniform((0.4, 0, 0), 1)
     return over(square_of(read_image(path, least=2 * size), size, *where), WHITE)
 
@@ -172,8 +171,10 @@ BACKGROUNDS = {
     **{f"on {'an' if name == 'orange' else 'a'} {name} background": (c,) * 4 for name, c in COLOURS.items()}}
 
 
-def draw_background(words, size, rng):
-    """The background of these words, with its own light, horizon and details -> RGB image, size x size."""
+@functools.lru_cache(maxsize=1500)
+def draw_background(words, size, number):
+    """The background of these words, each number with its light, horizon and details -> RGB, size x size."""
+    rng = np.random.default_rng([number, list(BACKGROUNDS).index(words)])
     big = 2 * size  # drawn twice as large and averaged: smooth edges
     light = rng.uniform(0.9, 1.1) if words.endswith("background") else rng.uniform(0.9, 1.1, 2).repeat(2)
     colours = np.clip(np.array(BACKGROUNDS[words]) * np.reshape(light, (-1, 1)), 0, 255)  # (4, 3)
@@ -244,7 +245,8 @@ def draw_ground(size, rng, other):
 def turn_hue(image, turn):
     """An RGB or RGBA image, its hue turned: 256 is a full turn"""
     hue, saturation, value = image.convert("RGB").convert("HSV").split()
-    turned = Image.merge("HSV", (hue.point(lambda v: (v + turn) % 256), saturation, value)).convert("RGB")
+    hue = hue.point([(v + turn) % 256 for v in range(256)])
+    turned = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
     if image.mode == "RGBA":
         turned.putalpha(image.getchannel("A"))
     return turned
@@ -252,8 +254,9 @@ def turn_hue(image, turn):
 
 def fill_outline(sprite, other):
     """The outline of one sprite with the pixels of another: what is inside must be looked at, too."""
-    mean = ImageStat.Stat(other.convert("RGB"), other.getchannel("A")).mean
-    filled = over(other.resize(sprite.size), (*map(round, mean), 255))  # its mean where it does not reach
+    mean = other.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))[:3]  # weighed by its alpha
+    other = other.resize(sprite.size, Image.Resampling.NEAREST)
+    filled = over(other, (*mean, 255))  # its mean where it does not reach
     filled.putalpha(sprite.getchannel("A"))
     return filled
 
@@ -361,8 +364,7 @@ class ResidualBlock(nn.Module):
 def nearest(vectors, codebook):
     """Which of a codebook's vectors (codebook_size, code_dim) is the nearest: (..., code_dim) -> (...)"""
     flat, half_squares = vectors.flatten(0, -2), codebook.pow(2).sum(-1) / 2
-    # |v - c|^2 is smallest where v . c - |c|^2 / 2 is largest. 4,096 rows at a time: all would take
-    # gigabytes.
+    # |v - c|^2 is smallest where v . c - |c|^2 / 2 is largest. (All rows at once would take gigabytes.)
     found = [(rows @ codebook.T - half_squares).argmax(-1) for rows in flat.split(4096)]
     return torch.cat(found).view(vectors.shape[:-1])
 
@@ -453,10 +455,7 @@ class Tokenizer(nn.Module):
     def restart_dead_codes(self, codes, z, patience=100):
         """After a step on codes (B, N, n_codebooks) of z (B, N, code_dim): a code that was not chosen for
         `patience` steps moves onto something that this batch has to name, the more likely the less of it is
-        named by now.
-
-        Without it most codes die in the first minutes and never come back.
-        """
+        named by now. Without it most codes die in the first minutes and never come back."""
         codes, residual = codes.flatten(0, 1).T, z.flatten(0, 1)  # (n_codebooks, B * N), (B * N, code_dim)
         used = torch.zeros_like(self.idle).scatter_(1, codes, 1)
         if dist.is_initialized():  # by any of the processes

@@ -64,6 +64,11 @@ class Case(NamedTuple):
     mask: np.ndarray  # (H, W), bool
 
 
+def some_background(words, size, rng):
+    """A drawing of these words that no training has shown."""
+    return draw_background(words, size, int(rng.integers(data.N_BACKGROUNDS, 10**9)))
+
+
 def make_cases(subjects, n, image_size, seed):
     """n cases, each a pure function of (seed, index); the subjects take turns."""
     cases, order = [], np.random.default_rng(seed).permutation(len(subjects))
@@ -72,10 +77,10 @@ def make_cases(subjects, n, image_size, seed):
         subject, sprite = subjects[order[i % len(order)]], cutout(subjects[order[i % len(order)]])
         here, there, anywhere = rng.choice(list(BACKGROUNDS), 3, replace=False)
         size, place = LOOKS[rng.integers(len(LOOKS))]
-        reference = compose(sprite, draw_background(there, image_size, rng), AS_GIVEN)[0]
-        target = compose(sprite, draw_background(here, image_size, rng), data.named_placement(size, place))[0]
+        reference = compose(sprite, some_background(there, image_size, rng), AS_GIVEN)[0]
+        target = compose(sprite, some_background(here, image_size, rng), data.named_placement(size, place))[0]
         free = data.free_placement(rng)
-        scene, alone, _ = compose(sprite, draw_background(anywhere, image_size, rng), free)
+        scene, alone, _ = compose(sprite, some_background(anywhere, image_size, rng), free)
         pictures = map(np.asarray, (reference, target, scene, alone))
         caption = data.write_caption(rng, [(subject.label, size, place)], here)
         cases.append(
@@ -137,7 +142,7 @@ def judge(pictures, cases, seed=0):
     words = np.repeat(
         list(BACKGROUNDS), 12
     )  # a dozen drawings of each: their light, horizon and details differ
-    drawings = np.stack([np.asarray(draw_background(w, size, rng)) for w in words]).astype(np.float32) / 255
+    drawings = np.stack([np.asarray(some_background(w, size, rng)) for w in words]).astype(np.float32) / 255
     seen = coarse(drawn)
     errors = np.stack(
         [((seen - picture) ** 2).sum(2) for picture in coarse(drawings)], 1

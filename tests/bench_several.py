@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 import data
-from bench_quality import N_OTHERS, other_subjects, outline_likeness, templates
-from data import AS_GIVEN, BACKGROUNDS, OPERATIONS, compose, cutout, draw_background, operate
+from bench_quality import N_OTHERS, other_subjects, outline_likeness, some_background, templates
+from data import AS_GIVEN, BACKGROUNDS, OPERATIONS, compose, cutout, operate
 from mentor import TASKS, fill_prompt
 from sample import draw
 
@@ -45,12 +45,12 @@ def make_scenes(subjects, n, size, seed, count=None):
                 labels.add(subjects[j].label)
         here, there = (str(words) for words in rng.choice(list(BACKGROUNDS), 2, replace=False))
         looks = data.choose_looks(rng, len(chosen))
-        picture, alone, masks, references = draw_background(here, size, rng), [], [], []
+        picture, alone, masks, references = some_background(here, size, rng), [], [], []
         for subject, (placement, _, _) in zip(chosen, looks):
             picture, on_black, mask = compose(cutout(subject), picture, placement)
             alone.append(np.asarray(on_black))
             masks.append(np.asarray(mask) >= 128)
-            behind = draw_background(there, size, rng)
+            behind = some_background(there, size, rng)
             references.append(np.asarray(compose(cutout(subject), behind, AS_GIVEN)[0]))
         things = [(subject.label, None, place) for subject, (_, _, place) in zip(chosen, looks)]
         caption = data.write_caption(rng, things, here)
@@ -150,7 +150,7 @@ def judge_several(drawn, scenes, subjects, seed):
     others of the scene (right place); how often the background is the right one."""
     rng, size = np.random.default_rng(seed), drawn.shape[1]
     words = np.repeat(list(BACKGROUNDS), 12)
-    drawings = np.stack([np.asarray(draw_background(w, size, rng)) for w in words]) / np.float32(255)
+    drawings = np.stack([np.asarray(some_background(w, size, rng)) for w in words]) / np.float32(255)
     alike = outline_likeness(subjects, size)
     hits = {"CP": [], "hard CP": [], "right place": [], "background": []}
 
@@ -225,7 +225,7 @@ def make_queries(subjects, n, size, seed):
         operation, turn = OPERATIONS[i % len(OPERATIONS)], int(rng.integers(32, 224))
         chosen = [subjects[j] for j in rng.permutation(len(subjects))[:21]]
         words = rng.choice(list(BACKGROUNDS), 3, replace=False)
-        behind, *grounds = (draw_background(str(w), size, rng) for w in words)
+        behind, *grounds = (some_background(str(w), size, rng) for w in words)
         looks = [data.choose_looks(rng, 1)[0][0] for _ in range(2)]
 
         def answer(subject, ground, look, operation, behind=behind, turn=turn):

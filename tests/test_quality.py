@@ -10,7 +10,9 @@ from conftest import TOY, script
 
 import bench_quality
 import bench_several
+import bench_speed
 import data
+from mentor import CONFIGS, Mentor
 from tokenizer import emoji_font
 from bench_grounds import on_any_ground
 from bench_quality import copying, cutting_out, draw_cases, flattened, judge, make_cases, summary
@@ -46,7 +48,7 @@ def test_copying_the_reference_keeps_the_subject_and_not_the_prompt(cases):
 def test_another_subject_in_the_right_scene_keeps_the_prompt_and_not_the_subject(cases):
     rng, drawn = np.random.default_rng(0), []
     for case, other in zip(cases, cases[1:] + cases[:1]):
-        background = data.draw_background(case.background, 64, rng)
+        background = data.draw_background(case.background, 64, case.number)
         drawn.append(
             np.asarray(
                 data.compose(
@@ -174,3 +176,12 @@ def test_the_right_operation_explains_its_own_answer(held_out):
     assert right["right operation"] == 1 and right["CP"] > 0.9
     unchanged = bench_several.judge_queries(np.stack([q.picture for q in queries]), queries)
     assert unchanged["right operation"] < 0.5
+
+
+def test_share_of_peak_counts_the_work_of_a_transformer(monkeypatch):
+    model, lengths = Mentor(CONFIGS["test"]), [torch.tensor([100, 50])]
+    assert bench_speed.share_of_peak(model, lengths, 2.0) is None  # nobody knows a CPU's
+    monkeypatch.setattr(bench_speed, "peak_flops", lambda device: 1e9)
+    weights = 2 * (4 * 64 * 64 + 8 * 64 * 64)  # two layers: attention and MLP; their gains hardly count
+    wanted = 6 * (weights * 150 + 2 * 64 * (100**2 + 50**2)) / 2.0 / 1e9
+    assert bench_speed.share_of_peak(model, lengths, 2.0) == pytest.approx(wanted, rel=0.01)

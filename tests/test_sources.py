@@ -184,7 +184,7 @@ def test_bad_lines_of_metadata_are_passed_over(tmp_path):
     for subject, words in ((subjects[1], "its mask is empty"), (subjects[2], "nowhere.png")):
         with pytest.raises(BadInput, match=words):
             cutout(subject)
-    dataset = Tasks(subjects, {"segmentation": 1.0}, 32, (0,))
+    dataset = Tasks(subjects, {"subject-driven": 1.0}, 32, (0,))
     assert {dataset[i].labels[0] for i in range(40)} == {"good one"}
 
 
@@ -484,7 +484,7 @@ def test_large_pictures_get_subjects_of_their_own_size(tmp_path):
     alpha = np.pad(np.full((400, 400), 255, np.uint8), 20)
     Image.fromarray(np.dstack([np.zeros((440, 440, 3), np.uint8), alpha])).save(tmp_path / "big.png")
     subject = load_subjects(str(tmp_path))[0]
-    assert cutout(subject, 64).size == (256, 256) and cutout(subject, 512).size == (400, 400)
+    assert cutout(subject).size == (256, 256) and cutout(subject, 512).size == (400, 400)
 
 
 def test_whatever_pillow_raises_the_file_is_named(tmp_path, monkeypatch):

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from conftest import ROOT, TOY, noisy_model, script
 from torch.nn.parallel import DistributedDataParallel
 
-import bench_speed
 import data
 import sample
 import tokenizer
@@ -190,15 +189,6 @@ def test_gains_measure_whether_the_model_looks_at_its_prefix(model):
         assert len(losses["on the subject"]) == CONFIG.n_codebooks
 
 
-def test_share_of_peak_counts_the_work_of_a_transformer(monkeypatch):
-    model, lengths = Mentor(CONFIG), [torch.tensor([100, 50])]
-    assert bench_speed.share_of_peak(model, lengths, 2.0) is None  # nobody knows a CPU's
-    monkeypatch.setattr(bench_speed, "peak_flops", lambda device: 1e9)
-    weights = 2 * (4 * 64 * 64 + 8 * 64 * 64)  # two layers: attention and MLP; their gains hardly count
-    wanted = 6 * (weights * 150 + 2 * 64 * (100**2 + 50**2)) / 2.0 / 1e9
-    assert bench_speed.share_of_peak(model, lengths, 2.0) == pytest.approx(wanted, rel=0.01)
-
-
 # -- stages
 
 
@@ -248,8 +238,8 @@ def test_stage_2_starts_from_stage_1(trained, tmp_path, capsys):
 
 def test_kill_in_the_middle_then_the_same_command_gives_the_same_weights(trained, tmp_path):
     shutil.copy(trained / "stage1.pt", tmp_path)
-    command = [sys.executable, str(ROOT / "train.py"), "--stage", "2", *TOY, "--out", str(tmp_path)]
-    log = tmp_path / "log.jsonl"
+    command, log = [sys.executable, str(ROOT / "train.py"), "--stage", "2", *TOY], tmp_path / "log.jsonl"
+    command += ["--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     while not log.exists() or log.read_text().count('"loss"') < 4:
         time.sleep(0.05)
@@ -269,11 +259,8 @@ def test_kill_in_the_middle_then_the_same_command_gives_the_same_weights(trained
 
 def test_interrupt_saves_and_leaves_with_one_line(trained, tmp_path):
     shutil.copy(trained / "stage1.pt", tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--stage", "2", *TOY, "--out", str(tmp_path)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, str(ROOT / "train.py"), "--stage", "2", *TOY, "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "stage2.pt").exists():
         time.sleep(0.05)
         assert process.poll() is None, "it ended before it could be interrupted"
@@ -293,9 +280,7 @@ def test_a_signal_after_the_last_step_is_not_lost(trained, tmp_path, monkeypatch
     assert torch.load(tmp_path / "stage2.pt", weights_only=True)["step"] == 1
 
 
-@pytest.mark.parametrize(
-    "before, said", [(4, "stopped: 2 of 80 steps are saved"), (1, "nothing was saved yet")]
-)
+@pytest.mark.parametrize("before, said", [(4, "stopped: 2 of 80 steps are saved"), (1, "nothing was saved")])
 def test_a_signal_that_stops_the_compiler_too_leaves_with_one_line(
     trained, tmp_path, monkeypatch, capsys, before, said
 ):
@@ -362,8 +347,7 @@ def test_a_tokenizer_that_is_not_finite_stops_with_one_line_too(tmp_path, monkey
 
 
 def test_figures_that_a_kill_took_are_made_up_for(trained, tmp_path, monkeypatch, capsys):
-    """Between the last save and the last figures: the same command finds the run finished, and still
-    looks."""
+    """Between the last step and its figures: the same command does it again, and looks."""
     shutil.copy(trained / "stage1.pt", tmp_path)
 
     def killed(*args):
@@ -377,6 +361,27 @@ def test_figures_that_a_kill_took_are_made_up_for(trained, tmp_path, monkeypatch
         run_stage(2, tmp_path, steps=1)
         assert (tmp_path / "log.jsonl").read_text().count('"held_out"') == times
     assert (tmp_path / "stage2.png").exists()
+
+
+def test_a_run_goes_on_on_a_machine_without_bf16_and_with_it_again(trained, tmp_path, monkeypatch, capsys):
+    """With the optimizers that it began with, saying that the last bits will differ."""
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    log_step = train.log_step
+    monkeypatch.setattr(train, "evaluate", lambda *_: {})
+    for has_bf16, ends in ((True, 10), (False, 20), (True, 30)):
+        monkeypatch.setattr(train, "has_bf16", lambda device, has_bf16=has_bf16: has_bf16)
+
+        def stop_there(run, *how, ends=ends):
+            if run.step == ends:
+                os.kill(os.getpid(), signal.SIGTERM)
+            log_step(run, *how)
+
+        monkeypatch.setattr(train, "log_step", stop_there)
+        with pytest.raises(SystemExit):
+            run_stage(2, tmp_path, steps=30)
+        checkpoint = torch.load(tmp_path / "stage2.pt", weights_only=True)
+        assert checkpoint["step"] >= ends and len(checkpoint["optimizers"]) == 2
+        assert ("its last bits will differ" in capsys.readouterr().err) == (not has_bf16)
 
 
 def test_the_logged_rate_is_that_of_the_last_steps(trained, tmp_path, monkeypatch):
