@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from mentor import MAX_BACKGROUND, MAX_CAPTION, MAX_LABEL, TASKS, clean_label, clean_text
-from tokenizer import (BACKGROUNDS, BLACK, COLOURS, OPERATIONS, SHAPES, BadInput, alpha_cuts_out,
-                       draw_background, draw_emoji, draw_ground, draw_shape, emoji_font, fill_outline,
-                       open_square, operate, over, read_image, turn_hue)
+from mentor import MAX_BACKGROUND, MAX_CAPTION, MAX_LABEL, TASKS, clean_label, clean_text, words_of
+from tokenizer import (BACKGROUNDS, BLACK, COLOURS, OPERATIONS, SHAPES, BadInput, draw_background,
+                       draw_emoji, draw_ground, draw_shape, emoji_font, fill_outline, is_cutout, open_square,
+                       operate, over, read_image, turn_hue)
 
 # ---- Subjects: where the cut-outs come from ---------------------------------------------------------------
 
@@ -47,7 +47,7 @@ IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tif
 def emoji_label(char):
     """Its name in Unicode; "" where that is no thing's, or too long."""
     name = unicodedata.name(char, "").lower()
-    return name if len(name) <= MAX_LABEL and not NOT_A_THING.search(name.upper()) else ""
+    return name if len(words_of(name)) <= MAX_LABEL and not NOT_A_THING.search(name.upper()) else ""
 
 
 def emoji_subjects():
@@ -60,16 +60,15 @@ def emoji_subjects():
 
 
 def code_point_label(path):
-    """What a file shows that is named as in emoji sets: 1f436.png, emoji_u1f436.png, 2600-fe0f.png (where it
-    is not the picture after 2599.png). "": no such name. Raises ValueError where that is no one thing."""
+    """What a file shows that is named as in emoji sets: 1f436.png, emoji_u1f436.png, 2600-fe0f.png; in other
+    folders, and for other names, "". Raises ValueError where that is no one thing."""
     match = re.fullmatch("(?:(?:emoji_)?u)?([0-9a-f]{2,5})((?:[-_][0-9a-f]{2,5})*)", path.stem.lower())
     if not match or not is_emoji_set(path.parent):
         return ""
-    number, is_one = int(match[1], 16), match[2][1:] in ("", "fe0f")
-    label = emoji_label(chr(number)) if number in EMOJI and is_one else ""
-    if not label:
-        raise ValueError("an emoji of several characters, or one that is no thing")
-    return label
+    number = int(match[1], 16)
+    if number in EMOJI and match[2][1:] in ("", "fe0f") and (label := emoji_label(chr(number))):
+        return label
+    raise ValueError("an emoji of several characters, or one that is no thing")
 
 
 def shape_subjects():
@@ -101,16 +100,14 @@ def file_subject(root, line):
         original = path
     sidecar = original.with_suffix(".txt")
     text = str(record.get("text") or (sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""))
-    file_or_class = original.stem if path.parent == root else path.parent.name
     text = text or str(record.get("label") or "") or code_point_label(original)
+    file_or_class = original.stem if path.parent == root else path.parent.name
     text = clean_text(text, MAX_CAPTION) or clean_text(file_or_class, MAX_CAPTION)
     subject_id = record.get("subject_id")
     name = original.relative_to(root).as_posix() if subject_id is None else f"subject_id {subject_id}"
     has_mask, label = mask != path, clean_label(str(record.get("label") or text)) or clean_label(text)
     subject = Subject(f"{root.resolve().name}/{name}", label, "file", str(path), str(mask) * has_mask,
-                      alpha_cuts_out(path) or has_mask, text, record.get("split") or "")
-    if subject.split not in ("", "train", "test"):
-        raise BadInput(f'"split" is {json.dumps(subject.split)}: write "train" or "test", or leave it out')
+                      is_cutout(path) or has_mask, text, record.get("split") or "")
     json.dumps(subject, ensure_ascii=False).encode()  # names that are not Unicode cannot be kept
     return subject
 
@@ -121,26 +118,30 @@ def folder_subjects(folder, skipped):
     if not root.is_dir():
         raise BadInput(f"{folder}: no such folder (give emoji, shapes or a folder of images)")
     for number, line in enumerate(folder_records(root), 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                yield file_subject(root, line)
-        except BadInput as error:
-            raise BadInput(f"{root / 'metadata.jsonl'}, line {number}: {error}") from None
+            subject = file_subject(root, line)
         except Exception as error:  # a damaged file can fail anywhere inside pillow
             skipped.append(f"{line.strip()[:80]} ({type(error).__name__}: {error})")
+            continue
+        if subject.split not in ("", "train", "test"):
+            raise BadInput(f"{root / 'metadata.jsonl'}, line {number}: \"split\" is "
+                           f'{json.dumps(subject.split)}: write "train" or "test", or leave it out')
+        yield subject
 
 
 @functools.lru_cache(maxsize=4000)  # at 80 px, as the cpu preset has it, 100 MB
 def cutout(subject, size=256):
     """The subject's pixels, cropped to its mask -> RGBA image, at most `size` a side. Raises BadInput."""
-    at_half = [0] * 128 + [255] * 128  # masks are cut at half, never at > 0: no halo of the old background
     image = {"emoji": draw_emoji, "shapes": draw_shape, "file": read_image}[subject.source](subject.path)
     if subject.mask:
         mask = over(read_image(subject.mask), BLACK).convert("L")
-        image.putalpha(mask.resize(image.size, Image.Resampling.NEAREST).point(at_half))
+        half = mask.getextrema()[1] / 2  # never at > 0: no halo of the old background
+        image.putalpha(mask.resize(image.size, Image.Resampling.NEAREST).point(lambda v: 255 * (v > half)))
     if image.mode != "RGBA":
-        raise BadInput(f"{subject.path}: no cut-out any more (has the file changed? delete the index)")
-    alpha = image.getchannel("A").point(at_half)
+        raise BadInput(f"{subject.path}: no cut-out any more (has the file changed?)")
+    alpha = image.getchannel("A").point(lambda v: 255 * (v > 127))
     if len(alpha.getcolors()) < 2:
         what = "is empty" if alpha.getbbox() is None else "hides nothing: this is no cut-out"
         raise BadInput(f"{subject.path}: its {'mask' if subject.mask else 'alpha'} {what}")
@@ -164,11 +165,11 @@ FIELDS = np.dtype([("subject", "i8"), ("start", "i8"), ("end", "i8"), ("held_out
 
 
 class Subjects:
-    """All pictures of a run, a sequence of Subject. Kept as lines of text in one array, and a few numbers
-    each (FIELDS), pictures of one subject side by side: a million of them are a few big arrays, which forked
-    workers share, and not ten million objects. report: what there is, in words."""
+    """All pictures of a run, a sequence of Subject. Kept as lines of text in one array and a few numbers each
+    (FIELDS), pictures of one subject side by side: a million are a few big arrays, which forked workers
+    share, and not ten million objects. report: what there is, in words."""
     def __init__(self, lines, table, report):
-        self.lines, self.table, self.report = lines, table, str(report)
+        self.lines, self.table, self.report = lines, table, report
 
     def __len__(self):
         return len(self.table)
@@ -185,7 +186,7 @@ class Subjects:
 
 
 def scan(sources):
-    """Looks through the sources -> dict(lines, table, report), what Subjects is made of. Raises BadInput."""
+    """Looks through the sources -> Subjects. Raises BadInput."""
     numbers, labels, rows, skipped, lines = {}, set(), [], [], bytearray()
     for source in sources:
         before, builtin = len(rows), {"emoji": emoji_subjects, "shapes": shape_subjects}.get(source)
@@ -206,7 +207,7 @@ def scan(sources):
     report = (f"{len(table)} images, {n_cutouts} of them cut-outs; {len(numbers)} subjects, {len(labels)} "
               f"labels, {(views * (views - 1)).sum()} pairs of views; skipped {len(skipped)} files"
               + "".join(f"\n  {why}" for why in skipped[:3]))
-    return {"lines": lines, "table": table, "report": report}
+    return Subjects(lines, table, report)
 
 
 def load_subjects(sources=None):
@@ -217,12 +218,12 @@ def load_subjects(sources=None):
     sources = [source for source in (sources or "emoji").split(",") if source]
     if len({Path(source).resolve().name for source in sources}) < len(sources):
         raise BadInput(f"{','.join(sources)}: two sources of one name: rename one folder")
-    return Subjects(**scan(sources))
+    return scan(sources)
 
 
 # ---- Scenes: subjects somewhere on a background -----------------------------------------------------------
 
-SIZES = {"": 0.75, "small": 0.5}                 # word: side of the subject's box, as a share of the canvas
+SIZES = {"": 0.75, "small": 0.5}  # word: side of the subject's box, as a share of the canvas
 PLACES = {"on the left": 0.0, "": 0.5, "on the right": 1.0}
 N_BACKGROUNDS, N_GROUNDS = 60, 2000  # drawings of each background, and grounds: each drawn once a worker
 
@@ -261,14 +262,13 @@ def choose_looks(rng, n, anywhere=0.0):
     return [(named_placement(size, place), size, place)]
 
 
-def write_caption(rng, things, background):
-    """A wording of things, (label, size, place) each, in any order. "": big, in the middle; None: unsaid."""
+def write_caption(rng, things, background, mark=""):
+    """A wording of things, (label, size, place) each; "": big, in the middle; None: unsaid; mark: <image>."""
     phrases = []
-    for i in rng.permutation(len(things)):
-        label, size, place = things[i]
+    for label, size, place in things:
         size = rng.choice(["", "big"]) if size == "" else size or ""
         place = rng.choice(["", "in the middle"]) if place == "" else place or ""
-        thing = f"{size} {label}".strip()
+        thing = f"{size} {label}{mark}".strip()
         thing = f"{'an' if thing[:1] in 'aeiou' else 'a'} {thing}"
         phrases.append(f"{thing} {place}".strip())
     named = " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
@@ -339,7 +339,6 @@ class Sample(NamedTuple):
 
 class Tasks:
     """A map-style dataset of Sample: item `index` is a pure function of (seed, index), whatever the workers.
-
     mix: task -> its share. seed: a list of numbers. With `train`, a subject that a reference shows is
     varied, unless it has other views; without, the dataset holds the held-out subjects alone."""
     def __init__(self, subjects, mix, size, seed, train=True, backgrounds=()):
@@ -367,7 +366,8 @@ class Tasks:
             except BadInput as error:  # a broken file: another subject takes its place
                 say_once(f"skipped: {error}")
                 continue
-            return sample._replace(task=task, hide=["all", "text", ""][rng.choice(3, p=[0.1, 0.05, 0.85])])
+            hide = ["all", "text", "picture", ""][rng.choice(4, p=[0.1, 0.05, 0.3, 0.55])]
+            return sample._replace(task=task, hide=hide)
         raise BadInput("a hundred images in a row could not be read")
 
     # One method a task: picture i, which shows the subject -> Sample
@@ -385,8 +385,8 @@ class Tasks:
         return scene._replace(references=[scene.target], caption=scene.caption if rng.uniform() < 0.9 else "")
 
     def segmentation(self, i, subject, rng):
-        """The target is the subject's own pixels, in place, on black: of the only one in the scene, or of one
-        of several, asked for by label, place or both. Where labels tell them apart they look as they do."""
+        """The target is the subject's own pixels, in place, on black: the only one, or one of several, asked
+        for by label, place or both. Where labels tell them apart they look as they do."""
         numbers = self.different(i, rng.integers(1, 5), rng)
         asked_by = str(rng.choice(["label", "place", "both"], p=[0.76, 0.12, 0.12])) * (len(numbers) > 1)
         sprites = [self.sprite(number, rng, change=asked_by != "label") for number in numbers]
@@ -407,8 +407,9 @@ class Tasks:
         return self.redrawn([i], rng)
 
     def multi_image(self, i, subject, rng):
-        """The references are several subjects, each on another background; the target shows all of them."""
-        return self.redrawn(self.different(i, rng.integers(2, 5), rng), rng)
+        """The references are several subjects, each on another background, in the order in which the caption
+        names them, each behind its name; the target shows all of them."""
+        return self.redrawn(rng.permutation(self.different(i, rng.integers(2, 5), rng)), rng, " <image>")
 
     def in_context(self, i, subject, rng):
         """The references are an example, before and after, and a query; the target is what comes after it."""
@@ -429,8 +430,7 @@ class Tasks:
         return Sample((subject.label,), subject.caption, [], target, np.zeros_like(target[..., 0]))
 
     def sprite(self, i, rng, change=True):
-        """Picture i's cut-out. In training two in five are filled with another subject's pixels, and all are
-        varied; not where there are other views, which differ anyway, or without `change`."""
+        """Picture i's cut-out, in training varied, two in five with another's pixels; not if views differ."""
         sprite = cutout(self.subjects[i], self.size)
         if not self.train or not change or self.subjects.other_views(i):
             return sprite
@@ -469,7 +469,7 @@ class Tasks:
         image = draw_background(words, self.size, int(rng.integers(N_BACKGROUNDS)))
         return ImageOps.mirror(image) if rng.uniform() < 0.5 else image, words, words
 
-    def scene(self, numbers, sprites, rng, anywhere=0.0, other_than=(), any_ground=False):
+    def scene(self, numbers, sprites, rng, anywhere=0.0, other_than=(), any_ground=False, mark=""):
         """Sprites of these pictures, as the caption says, if the background has words -> Sample without
         references; of each its image alone on black, its mask, its place in words; the background's name."""
         looks, parts = choose_looks(rng, len(sprites), anywhere), []
@@ -479,7 +479,7 @@ class Tasks:
             parts.append((alone, np.asarray(mask), place))
         labels = tuple(self.subjects[number].label for number in numbers)
         things = [(label, *look[1:]) for label, look in zip(labels, looks)]
-        caption = write_caption(rng, things, words) if words else ""
+        caption = write_caption(rng, things, words, mark) if words else ""
         mask = np.maximum.reduce([mask for _, mask, _ in parts])
         return Sample(labels, caption, [], np.asarray(image), mask), parts, name
 
@@ -488,10 +488,10 @@ class Tasks:
         image, _, _ = self.background(rng, [other_than], any_ground=True)
         return np.asarray(compose(sprite, image, placement)[0])
 
-    def redrawn(self, numbers, rng):
+    def redrawn(self, numbers, rng, mark=""):
         """A scene of these pictures' subjects. The references show them elsewhere, in another view if any."""
         sprites = [self.sprite(number, rng) for number in numbers]
-        scene, _, background = self.scene(numbers, sprites, rng)
+        scene, _, background = self.scene(numbers, sprites, rng, mark=mark)
         for number, sprite in zip(numbers, sprites):
             if views := self.subjects.other_views(number):
                 sprite = cutout(self.subjects[views[rng.integers(len(views))]], self.size)

@@ -1,17 +1,16 @@
 r"""MENTOR in one file: a transformer that draws an image, patch by patch, from a prefix of text and images.
 
-    <bos> T h e _ d o g _ i n _ <boi> c1 ... cN s1 ... sM <eoi> . \n a _ d o g ... <boi> | t1 t2 ... tN
-    \ text as UTF-8 bytes, reference images as VQ codes, in the order of the prompt ______/ \ the picture /
+    <bos> the dog in <boi> c1 ... cN s1 ... sM <eoi> . a dog on the beach <boi> | t1 t2 ... tN
+    \ text as words, reference images as VQ codes, in the order of the prompt _/ \ the picture /
 
-One sequence, one causal transformer, one loss: cross-entropy on the picture's codes (arXiv 2507.09574,
-section 3). Each c, s and t is one place in the sequence: a patch, named by a few codes, coarse to fine
-(tokenizer.py); c is the reference as it is, s the same at two thirds.
+One causal transformer, one loss: cross-entropy on the picture's codes (arXiv 2507.09574, section 3). Each c,
+s and t is a patch, named by a few codes, coarse to fine; c is the reference as it is, s at two thirds.
 """
 import copy
 import functools
-import itertools
 import math
 import re
+import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +34,7 @@ class Config:
     n_layer: int = 6
     n_head: int = 4
     n_embd: int = 256
-    block_size: int = 600       # longest sequence, in tokens: text bytes, references and picture together
+    block_size: int = 352       # longest sequence, in tokens: words, references and picture together
     reference_sizes: tuple = (1.0, 2 / 3)  # a reference enters as it is, and once more so much smaller
 
     @property
@@ -49,41 +48,51 @@ class Config:
 
 CONFIGS = {
     "test": Config(image_size=32, n_codebooks=3, codebook_size=64, code_dim=8, channels=32, n_layer=2,
-                   n_head=2, n_embd=64, block_size=480),
+                   n_head=2, n_embd=64, block_size=256),
     "cpu": Config(),
     "gpu": Config(image_size=128, codebook_size=4096, channels=128, n_layer=12, n_head=12, n_embd=768,
-                  block_size=1248),
+                  block_size=1184),
 }
-# 256 bytes, then: begin of sequence, begin and end of an image, padding, and CODE, a patch of an image. Which
-# codes the patch has stands beside its id, in its place (build_sequence).
-BOS, BOI, EOI, PAD, CODE = range(256, 261)
-MAX_LABEL, MAX_BACKGROUND, MAX_CAPTION = 24, 40, 80  # bytes; more would fill the block
+# Text is words: a hash of each names two rows of one table, which are added (the hashing trick): any word of
+# any script has a vector of its own. An id is both numbers, first * N_ROWS + second. The first five rows:
+# begin of sequence, begin and end of an image, padding, and CODE, a patch; its codes are in its place.
+N_ROWS = 4096
+BOS, BOI, EOI, PAD, CODE = range(0, 5 * (N_ROWS + 1), N_ROWS + 1)
+WORD = re.compile(r"\w+|[^\w\s]")  # or sign
+MAX_LABEL, MAX_BACKGROUND, MAX_CAPTION = 5, 8, 20  # words
+
+
+def words_of(text):
+    """Its words and signs in small letters. dogs is dog, and an is a: known in one form, known in both."""
+    return ["a" if word == "an" else re.sub("(?<=..[^s])s$", "", word) for word in WORD.findall(text.lower())]
+
+
+def word_id(word):
+    first, second = divmod(zlib.crc32(word.encode()) % (N_ROWS - 5) ** 2, N_ROWS - 5)
+    return (first + 5) * N_ROWS + second + 5
 
 
 def clean_text(text, limit=None):
     """The words of a prompt as the model knows them, in training and in sample.py alike: the first line, in
-    small letters, without a full stop, and cut between words to at most `limit` bytes."""
-    text = " ".join(text.strip().split("\n")[0].lower().split()).rstrip(".")
-    while limit and len(text.encode()) > limit:
-        text = text.rsplit(" ", 1)[0] if " " in text else text.encode()[:limit].decode(errors="ignore")
-    return text.rstrip("., ")
+    small letters, without a full stop, and at most `limit` words."""
+    text = " ".join(text.strip().split("\n")[0].lower().split())
+    starts = [word.start() for word in WORD.finditer(text)] + [None]
+    return text[:starts[limit] if limit and limit < len(starts) else None].rstrip("., ")
 
 
 def clean_label(text):
-    """The same as the name of a thing: no article, at most MAX_LABEL bytes, and where it stands."""
+    """The same as the name of a thing: no article, at most MAX_LABEL words, and where it stands."""
     text = clean_text(re.sub(r"^\s*(an?|the)\s+", "", text, flags=re.I))
     name, place = re.fullmatch("(.*?)((?: (?:on|at) the (?:top |bottom |)(?:left|right))?)", text).groups()
     return clean_text(name, MAX_LABEL) + place
 
 
 # ---- The tasks --------------------------------------------------------------------------------------------
-# To add one, colourisation say, write a row here, a method of its name (with _ for -) in data.py's Tasks,
-# which gives as many references as the filled prompt has <image>, and its share in train.py's MIXES. To draw
-# with it, say in sample.py (which_task) what a user gives for it.
-
+# To add one, colourisation say: a row here; a method of its name (with _ for -) in data.py's Tasks, with as
+# many references as the prompt has <image>; a share in train.py's MIXES; how to ask in sample.py.
 
 class Task(NamedTuple):
-    prompt: str         # <image>: a reference stands there; the first line is said once a label
+    prompt: str         # <image>: a reference stands there
     cfg_image: float    # the guidance that suits it, towards the reference
     cfg_text: float     # and towards the text: copying wants little, composing more
     needs_cutout: bool  # False: a picture without alpha or mask will do
@@ -96,24 +105,23 @@ TASKS = {
     "segmentation": Task("The {label} in <image>.", 1.5, 1.5, needs_cutout=True, sizes=(0,)),
     "recovery": Task("The {label} in <image>.\n{caption}", 2.0, 2.0, needs_cutout=True),
     "subject-driven": Task("The {label} in <image>.\n{caption}", 3.0, 2.0, needs_cutout=True),
-    "multi-image": Task("The {label} in <image>.\n{caption}", 3.0, 2.0, needs_cutout=True, sizes=(1,)),
+    "multi-image": Task("{caption}", 3.0, 2.0, needs_cutout=True, sizes=(1,)),
     "in-context": Task("<image> becomes <image>.\n<image> becomes", 2.0, 1.0, needs_cutout=True, sizes=(0,)),
 }
 
 
 def fill_prompt(task, labels=("",), caption=""):
-    """-> the texts around the images: n + 1 strings for n images. `<image>` in a label stays plain text."""
-    said_of_each, *rest = TASKS[task].prompt.split("\n")
-    pieces = "\n".join([" ".join([said_of_each] * len(labels)), *rest]).split("<image>")
-    return [piece.format(label=label, caption=caption)
-            for piece, label in itertools.zip_longest(pieces, labels, fillvalue="")]
+    """-> the n + 1 texts around n images. The caption of multi-image has <image> in it, behind each label."""
+    if task == "multi-image":
+        return caption.split("<image>")
+    return [piece.format(label=labels[0], caption=caption) for piece in TASKS[task].prompt.split("<image>")]
 
 
 def hide_condition(pieces, references, hide):
-    """A prompt as it is (""), without its text ("text"), or nothing ("all"): what guidance compares."""
+    """A prompt as it is, without its text ("text"), or nothing ("all"): what guidance compares."""
     if hide == "all":
         return [""], []
-    return ([""] * len(pieces) if hide == "text" else pieces), references
+    return [""] * len(pieces) if hide == "text" else pieces, references
 
 
 # ---- The sequence -----------------------------------------------------------------------------------------
@@ -131,17 +139,14 @@ def reference_patches(config, sizes=(0, 1)):
 
 
 def build_sequence(config, pieces, references, target=None, sizes=(0, 1)):
-    """Texts with images between them -> one sequence.
+    """Texts with images between them -> ids (T,), places (T, 3 + n_codebooks). Raises BadInput: too long.
     pieces: strings. references: at most one behind each piece: the codes of its patches that enter at these
-    sizes (reference_patches), n_codebooks each. target: the picture's (N, n_codebooks). -> ids (T,), places
-    (T, 3 + n_codebooks). With a target the last N tokens are <boi> and all its patches but the last: each
-    predicts the next patch. Without one the sequence ends with <boi>, ready to draw. Raises BadInput if it
-    does not fit the block.
-
-    A place says where a token stands and, if it is a patch, what is there: (order, row, column, code, code,
-    ...). The first three turn one rotary axis each. All patches of an image, at one size, share one order. A
-    patch of a reference stands at its own row and column, a token of the picture at those of the patch it is
-    about to PREDICT: so the same patch of a reference differs in the order alone, and is easy to copy."""
+    sizes (reference_patches), n_codebooks each. target: the picture's (N, n_codebooks): the last N tokens are
+    <boi> and all its patches but the last, each of which predicts the next; without it <boi>, ready to draw.
+    A place says where a token stands and, if a patch, what is there: (order, row, column, code, ...). The
+    first three turn one rotary axis each. All patches of an image, at one size, share one order. A patch of a
+    reference stands at its own row and column, a token of the picture at those of the patch it is about to
+    PREDICT: so the same patch of a reference differs in the order alone, and is easy to copy."""
     ids, places = [], []
     def add(new_ids, order, patches=0, codes=0):
         rows = np.zeros((len(new_ids), 3 + config.n_codebooks), int)
@@ -154,9 +159,9 @@ def build_sequence(config, pieces, references, target=None, sizes=(0, 1)):
     add([BOS], 0)
     order = 1
     for i, piece in enumerate(pieces):
-        text = piece.encode()
-        add(text, order + np.arange(len(text)))
-        order += len(text)
+        words = [word_id(word) for word in words_of(piece)]
+        add(words, order + np.arange(len(words)))
+        order += len(words)
         if i < len(references):
             n = len(references[i])
             add([BOI], order)
@@ -165,9 +170,9 @@ def build_sequence(config, pieces, references, target=None, sizes=(0, 1)):
             order += 3 + sizes[-1]
     room = config.block_size - (len(ids) + config.n_codes)
     if room < 0:
-        n_bytes = len("".join(pieces).encode())
-        raise BadInput(f"--label and --prompt make a sentence of {n_bytes} bytes of text, "
-                       f"and {max(0, n_bytes + room)} fit: shorten them")
+        n_words = len(words_of(" ".join(pieces)))
+        raise BadInput(f"--label and --prompt make a sentence of {n_words} words of text, "
+                       f"and {max(0, n_words + room)} fit: shorten them")
     add([BOI], order, grid[0])
     if target is not None:
         add([CODE] * (config.n_codes - 1), order, grid[1:], target[:-1])
@@ -198,8 +203,7 @@ def rotary_table(positions, config):
     """positions (B, T, 3) -> cos, sin (B, 1, T, head_dim), as `rotate` takes them.
     Half of the pairs turn with the order, a quarter each with row and column. At position 0 that is cos 1 and
     sin 0, the identity (a table of zeros would blind attention to the prefix, as it did in LlamaGen). Rows
-    and columns turn fast, from half a turn a patch to half a turn an image of `side` patches: for a patch to
-    be copied and not blurred, neighbours must be told apart by a single step."""
+    and columns turn by half a turn a patch to half a turn an image: neighbours must be told apart to copy."""
     head_dim, side, angles = config.n_embd // config.n_head, config.side, []
     n_order, n_grid = head_dim // 4, head_dim // 8  # pairs that turn with the order; with row or column
     for axis, (n_pairs, fastest, base) in enumerate([(n_order, 1.0, 10000)] + 2 * [(n_grid, torch.pi, side)]):
@@ -227,8 +231,7 @@ def attend(q, k, v, mask=None):
 
 
 class KVCache(NamedTuple):
-    """A layer's keys and values, and where the query tokens stand among them. In prefill these are a
-    prompt's, in a decode step the last patch of each picture; they differ in nothing else."""
+    """A layer's keys and values, and where the query tokens stand among them."""
     keys: torch.Tensor    # (B, n_head, S, head_dim)
     values: torch.Tensor  # (B, n_head, S, head_dim)
     slots: torch.Tensor   # (T,): which of the S are theirs
@@ -286,8 +289,9 @@ class Mentor(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.known = {"words": "", "backgrounds": []}  # from captions of training: train.known_text
         levels, K, C = config.n_codebooks, config.codebook_size, config.n_embd
-        self.text_embedding = nn.Embedding(CODE, C)  # bytes and specials
+        self.word_embedding = nn.Embedding(N_ROWS, C)
         self.code_embedding = nn.Parameter(torch.empty(levels, K, C))
         self.code_proj = nn.Parameter(torch.empty(levels, config.code_dim, C))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -297,27 +301,24 @@ class Mentor(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Similar codes start similar; every proj is zero, so that a block starts as the identity; head_gain
-        is small: a model that hands its input on would else be sure that the last code comes again."""
-        nn.init.normal_(self.text_embedding.weight, std=0.02)
+        """Similar codes start similar; every proj is zero: a block starts as the identity; head_gain is
+        small: a model that hands its input on would else be sure that the last code comes again."""
+        nn.init.normal_(self.word_embedding.weight, std=0.02)
         nn.init.normal_(self.code_embedding, std=0.1)
         nn.init.normal_(self.code_proj, std=0.2)
         nn.init.constant_(self.head_gain, 1.6 / self.config.n_embd)
-        bound = (3 / self.config.n_embd) ** 0.5
-        for block in self.blocks:
-            for matrix in block.attention.qkv:
-                nn.init.uniform_(matrix, -bound, bound)
-            nn.init.zeros_(block.attention.proj.weight)
-            nn.init.constant_(block.attention.gain, 1.5)
-        for mlp in (*(block.mlp for block in self.blocks), *self.level_mlps):
-            nn.init.uniform_(mlp.fc.weight, -bound, bound)
-            nn.init.zeros_(mlp.proj.weight)
+        for name, parameter in self.named_parameters():
+            if name.endswith("proj.weight"):
+                nn.init.zeros_(parameter)
+            elif ".qkv." in name or name.endswith("fc.weight"):  # of variance 1 / n_embd
+                nn.init.uniform_(parameter, -(3 / self.config.n_embd) ** 0.5, (3 / self.config.n_embd) ** 0.5)
+            elif name.endswith(".gain"):
+                nn.init.constant_(parameter, 1.5)
 
     def code_table(self):
         """A vector for every code (n_codebooks, codebook_size, n_embd): an embedding plus a projection of
-        what the code means to the tokenizer, at length 1: the coarse must not drown the fine. A patch enters
-        as the sum of its codes' vectors. The same vectors are the head: what attention copies from a
-        reference is at once the logit of that code."""
+        what it means to the tokenizer, at length 1: the coarse must not drown the fine. They are the head,
+        too: what attention copies from a reference is at once the logit of that code."""
         lengths = self.codebooks.norm(dim=-1).mean(-1).clamp_min(1e-6)  # (n_codebooks,)
         return self.code_embedding + (self.codebooks / lengths[:, None, None]) @ self.code_proj
 
@@ -327,7 +328,7 @@ class Mentor(nn.Module):
 
     def embed(self, ids, codes, table):
         """ids (B, T), codes (B, T, n_codebooks) -> (B, T, n_embd): text by its id, patches by their codes."""
-        text = self.text_embedding(ids.clamp_max(CODE - 1))
+        text = self.word_embedding(ids // N_ROWS) + self.word_embedding(ids % N_ROWS)
         return torch.where((ids == CODE)[..., None], self.sum_codes(codes, table), text)
 
     def hidden(self, x, rotary, caches=None):
@@ -347,9 +348,8 @@ class Mentor(nn.Module):
         return F.linear(x.to(table.dtype), table[level]).float() * self.head_gain[level]
 
     def forward(self, ids, places, lengths, target):
-        """Cross-entropy of each of the picture's codes, in nats; only for them are the heads computed. ids
-        (B, T), places (B, T, 3 + n_codebooks), lengths (B,) without padding, target and result (B, N,
-        n_codebooks)."""
+        """Cross-entropy of each of the picture's codes, in nats: ids (B, T), places (B, T, 3 + n_codebooks),
+        lengths (B,) without padding, target and result (B, N, n_codebooks)."""
         table = self.code_table()
         x = self.embed(ids, places[..., 3:], table)  # (B, T, n_embd)
         x = self.hidden(x, rotary_table(places[..., :3], self.config))
@@ -383,7 +383,7 @@ def drawing_copy(model, exact=False):
 
 def guidance_branches(pieces, references, cfg_image, cfg_text):
     """logits = null + cfg_image (image only - null) + cfg_text (full - image only), as a weighted sum -> list
-    of (weight, pieces, references), without what weighs nothing: guidance of 1 is the conditional model."""
+    of (weight, pieces, references), without what weighs nothing."""
     branches = [(cfg_text, pieces, references),
                 (cfg_image - cfg_text, *hide_condition(pieces, references, "text")),
                 (1 - cfg_image, *hide_condition(pieces, references, "all"))]
@@ -402,9 +402,9 @@ def draw_codes(logits, uniform, temperature):
 
 class Drawing:
     """The pictures of one `generate` while they are drawn. The G of a group are G query tokens of a row:
-    after the prompt that they share, each sees its own patches alone. Rows go prompt by prompt, guidance
-    branch by branch, group by group. A step changes in place what was allocated before and brings no number
-    to Python: so a CUDA graph or torch.compile can take it."""
+    after the prompt that they share, each sees its own patches alone. Rows go prompt by prompt, branch by
+    branch, group by group. A step changes in place what was allocated before and brings no number to Python:
+    so a CUDA graph can take it."""
 
     def __init__(self, model, prompts, n, seed, temperatures, cfg_image, cfg_text, exact=False, sizes=(0, 1)):
         config, device, levels = model.config, model.head_gain.device, model.config.n_codebooks
@@ -426,7 +426,7 @@ class Drawing:
         self.prefill(*(x.to(device) for x in pad_sequences(sequences)), n_groups)
 
     def prefill(self, ids, places, lengths, n_groups):
-        """Runs the transformer over the prompts: ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,)."""
+        """Runs the transformer over prompts: ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,)."""
         model, config, device, N = self.model, self.model.config, ids.device, self.model.config.n_codes
         (B, T), last = ids.shape, (torch.arange(len(ids), device=device), lengths - 1)
         S = T + self.G * N  # slots: the prompt, then N for each picture of the group
@@ -490,10 +490,10 @@ class Drawing:
 @torch.inference_mode()
 def generate(model, prompts, n=1, seed=0, temperatures=TEMPERATURES, cfg_image=1.0, cfg_text=1.0, exact=False,
              sizes=(0, 1)):
-    """Draws n pictures of each prompt -> codes (len(prompts) * n, N, n_codebooks).
-    prompts: list of (pieces, references), as build_sequence takes them, and sizes, too. temperatures: one a
-    codebook. Row i of the result uses the random numbers of seed + i, whatever is drawn beside it. exact: in
-    fp32, where that makes it the same picture; in bf16 rounding may turn it into another."""
+    """Draws n pictures of each prompt -> codes (len(prompts) * n, N, n_codebooks). prompts: list of (pieces,
+    references), as build_sequence takes them, and sizes, too. temperatures: one a codebook. Row i uses the
+    random numbers of seed + i, whatever is drawn beside it. exact: in fp32, where that makes it the same
+    picture; in bf16 rounding may turn it into another."""
     drawing = Drawing(model, prompts, n, seed, temperatures, cfg_image, cfg_text, exact, sizes)
     drawing.draw_patch()
     repeat(drawing.step, model.config.n_codes - 1, drawing.codes.device)

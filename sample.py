@@ -7,17 +7,14 @@
     python sample.py --example before.png after.png --ref query.png             what the example does to one
     python sample.py --ref dog.png                      the picture itself, redrawn (--prompt may describe it)
     python sample.py --prompt "a dog on the beach" -n 8 -o dogs.png             text alone; eight, as a grid
-
-The shipped model cuts out by place, not by label alone, and does not know which of several references goes
-where.
 """
 import argparse
 import contextlib
 import dataclasses
 import errno
 import itertools
-import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,15 +28,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from data import AS_GIVEN, IMAGE_ENDINGS, Subject, compose, cutout
-from mentor import (TASKS, TEMPERATURES, Config, Mentor, build_sequence, clean_label, clean_text, fill_prompt,
-                    generate, hide_condition, pad_sequences, reference_patches)
+from data import AS_GIVEN, IMAGE_ENDINGS, PLACES, QUARTERS, Subject, compose, cutout
+from mentor import (PAD, TASKS, TEMPERATURES, Config, Mentor, build_sequence, clean_label, clean_text,
+                    fill_prompt, generate, hide_condition, pad_sequences, reference_patches, words_of)
 from tokenizer import (BadInput, Tokenizer, autocast, from_bytes, open_square, quality, read_image,
                        save_sheet, to_arrays, to_images, whole_file)
 
 # ---- From a prompt to pictures ----------------------------------------------------------------------------
 
-VERSION = 4  # of the checkpoints: raised whenever older ones no longer fit
+VERSION = 5  # of the checkpoints: raised whenever older ones no longer fit
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "cpu.pt")
 
 
@@ -76,7 +73,8 @@ def export(source, path):
         say(f"{source} is not finished (step {checkpoint['step']}): exporting it all the same")
     half = {part: {name: weight.half() for name, weight in checkpoint[part].items()}
             for part in ("model", "tokenizer")}
-    save_checkpoint(path, config=checkpoint["config"], stage=2, step=checkpoint["step"], **half)
+    kept = {name: checkpoint[name] for name in ("config", "stage", "step", "known")}
+    save_checkpoint(path, **kept, **half)
     print(f"wrote {path}, {os.path.getsize(path) / 1e6:.1f} MB")
 
 
@@ -89,6 +87,7 @@ def load_models(path, device):
         config = Config(**checkpoint["config"])
         model, tokenizer = Mentor(config), Tokenizer(config)
         model.load_state_dict(checkpoint["model"])
+        model.known = checkpoint["known"]
         tokenizer.load_state_dict(checkpoint["tokenizer"])
     except (RuntimeError, TypeError):
         raise BadInput(f"--ckpt {path}: its weights do not fit its own configuration") from None
@@ -96,8 +95,8 @@ def load_models(path, device):
 
 
 def at_sizes(config, task, picture):
-    """A reference, uint8 (H, W, 3), as it enters in this task -> a picture a size: shrunk towards the middle,
-    its edges continued."""
+    """A reference, uint8 (H, W, 3) -> a picture for each size at which it enters in this task: shrunk towards
+    the middle, its edges continued."""
     pictures = []
     for index in TASKS[task].sizes:
         if config.reference_sizes[index] == 1:
@@ -112,9 +111,8 @@ def at_sizes(config, task, picture):
 
 @torch.no_grad()
 def draw(model, tokenizer, task, prompts, **how):
-    """prompts: list of (pieces, references), the texts around the references and the references, uint8 (H, W,
-    3). how: as mentor.generate takes it -> uint8 (len(prompts) * n, H, W, 3). Raises BadInput where a text is
-    too long."""
+    """prompts: list of (pieces, references): the texts around the references, and these, uint8 (H, W, 3).
+    how: as mentor.generate takes it -> uint8 (len(prompts) * n, H, W, 3). Raises BadInput: too long."""
     def encode(reference):  # -> codes (patches, n_codebooks)
         pictures = to_images(at_sizes(model.config, task, reference), model.head_gain.device)
         codes = tokenizer.encode(pictures)  # (sizes, N, n_codebooks)
@@ -127,7 +125,7 @@ def draw(model, tokenizer, task, prompts, **how):
 def frame_subjects(model, tokenizer, labels, pictures):
     """Brings what the labels name, in square pictures, uint8 (H, W, 3), to where most references of training
     show it (data.AS_GIVEN): on whole patches, whose codes drawing then copies. Where it is now the model says
-    itself, by cutting it out. -> list of uint8 (image_size, image_size, 3)."""
+    itself, by cutting it out -> list of uint8 (image_size, image_size, 3)"""
     size, task = model.config.image_size, TASKS["segmentation"]
     framed = [np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
               for picture in pictures]
@@ -147,8 +145,8 @@ def frame_subjects(model, tokenizer, labels, pictures):
 
 
 def box_to_frame(alone):
-    """Something on black, uint8 (H, W, 3) -> the square that shows it as data.AS_GIVEN does, at the bottom of
-    its box: left, top, right, bottom as shares of the picture. None: nothing is seen."""
+    """Something on black, uint8 (H, W, 3) -> the square that shows it as data.AS_GIVEN does: left, top,
+    right, bottom as shares of the picture. None: nothing is seen."""
     shown = alone.max(2) > 60  # black after the tokenizer is not quite 0
     columns, rows = (np.flatnonzero(shown.sum(axis) > 1) for axis in (0, 1))  # (not where one pixel stands)
     if len(columns) == 0 or len(rows) == 0:
@@ -167,7 +165,7 @@ def open_reference(path, label, task, model, tokenizer):
     if task not in ("subject-driven", "multi-image"):
         return np.asarray(open_square(path, size))
     image = read_image(path)
-    if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 128:  # a cut-out: nothing to be found
+    if image.mode == "RGBA":  # a cut-out: nothing to be found
         sprite = cutout(Subject(path, label, "file", path))
         return np.asarray(compose(sprite, Image.new("RGB", (size, size), "white"), AS_GIVEN)[0])
     return frame_subjects(model, tokenizer, [label], [np.asarray(open_square(path, 4 * size))])[0]
@@ -186,18 +184,17 @@ class Batch(NamedTuple):
 
 def collate(config, size, samples):
     """Samples, sorted by length and split -> list of Batch, `size` rows each: short sequences are not padded
-    to the longest. The batches are of equal size, so the mean of their losses is the loss of all samples."""
-    prompts = [hide_condition(fill_prompt(s.task, s.labels, s.caption), s.references, s.hide)
-               for s in samples]
-    rows = [(pieces, [at_sizes(config, s.task, reference) for reference in references], s)
-            for s, (pieces, references) in zip(samples, prompts)]
-    rows.sort(key=lambda row: config.n_codes * sum(map(len, row[1])) + len("".join(row[0]).encode()))
+    to the longest, and the mean of the batches' losses is the loss of all samples."""
+    rows = []
+    for s in samples:
+        pieces, references = hide_condition(fill_prompt(s.task, s.labels, s.caption), s.references, s.hide)
+        rows.append((pieces, [at_sizes(config, s.task, reference) for reference in references], s))
+    rows.sort(key=lambda row: config.n_codes * sum(map(len, row[1])) + len(" ".join(row[0]).split()))
     return [lay_out(config, rows[i:i + size]) for i in range(0, len(rows), size)]
 
 
 def lay_out(config, rows):
-    """rows: list of (pieces, references, sample), a reference being a picture a size, uint8 (H, W, 3) ->
-    Batch"""
+    """rows: list of (pieces, references, sample), a reference being a picture a size, uint8 -> Batch"""
     numbered = dataclasses.replace(config, n_codebooks=1)  # a patch has its number now, its codes later
     N, pictures, sequences = config.n_codes, [sample.target for _, _, sample in rows], []
     for i, (pieces, references, sample) in enumerate(rows):
@@ -206,7 +203,10 @@ def lay_out(config, rows):
             numbers.append(N * len(pictures) + reference_patches(config, sizes)[:, None])
             pictures += reference
         target = N * i + torch.arange(N)[:, None]
-        sequences.append(build_sequence(numbered, pieces, numbers, target, sizes))
+        ids, places = build_sequence(numbered, pieces, numbers, target, sizes)
+        if sample.hide == "picture":
+            ids[1 - N:] = PAD
+        sequences.append((ids, places))
     masks = torch.from_numpy(np.stack([sample.mask for _, _, sample in rows]))  # (B, H, W)
     coverage = F.avg_pool2d(masks[:, None].float(), config.downsample).flatten(1) / 255
     return Batch(torch.from_numpy(np.stack(pictures)), *pad_sequences(sequences, multiple=8), coverage)
@@ -218,13 +218,8 @@ def fill_codes(tokenizer, batch, device):
     codes (B, N, n_codebooks)."""
     pictures, ids, places, lengths = (x.to(device, non_blocking=True) for x in batch[:4])
     codes = tokenizer.encode(from_bytes(pictures))  # (n, N, n_codebooks)
-    numbers = places[..., 3]  # (B, T); at a byte of text 0, whose codes are never looked at
+    numbers = places[..., 3]  # (B, T); at a word 0, whose codes are never looked at
     return ids, torch.cat((places[..., :3], codes.flatten(0, 1)[numbers]), -1), lengths, codes[:len(ids)]
-
-
-def stack_pictures(samples):
-    """Stage 0: all pictures of the samples -> [uint8 (B, H, W, 3)]"""
-    return [torch.from_numpy(np.stack([image for s in samples for image in (s.target, *s.references)]))]
 
 
 # ---- Looking at what a model has learnt -------------------------------------------------------------------
@@ -234,10 +229,8 @@ SUBJECT_PATCH = 0.6  # "on the subject": on the patches of which it covers more 
 
 @torch.no_grad()
 def held_out_losses(model, tokenizer, datasets, n, device):
-    """Cross-entropy per task in nats a patch, and two gains: how much worse the model does with the next
-    sample's reference, or text, in place of its own. A gain of 0 means that it does not look. They are taken
-    on the subject-driven task, in stage 1 on segmentation, and left out where a mix has neither; there, too,
-    the loss on the subject and its reference gain, a number a codebook: the mean is mostly background."""
+    """Cross-entropy per task in nats a patch. On subject-driven, in stage 1 on segmentation, two gains: how
+    much worse it gets with the next sample's reference, or text; and both on the subject, by codebook."""
     losses, looked_at = {}, "subject-driven" if "subject-driven" in datasets else "segmentation"
 
     def mean_losses(samples):  # -> of all patches, the sum over their codes; on the subject (n_codebooks,)
@@ -264,8 +257,7 @@ def held_out_losses(model, tokenizer, datasets, n, device):
 
 
 def evaluate(model, tokenizer, held_out, sheet):
-    """held_out: task -> data.Tasks. -> figures of the transformer, or of the tokenizer if that is the model;
-    sheet: where to draw what it makes of the first samples."""
+    """held_out: task -> data.Tasks -> figures of the model; sheet: where to draw the first samples."""
     if model is tokenizer:
         dataset, = held_out.values()
         return quality(tokenizer, [dataset[i].target for i in range(256)], sheet)
@@ -309,42 +301,18 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists everything)")
 
 
-def at_least(least):
+def at_least(least, kind=int):
     def number(text):  # an argparse type
-        if not text.isdecimal() or not least <= int(text) <= 10**12:  # torch takes no seed beyond 64 bits
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up (to 10^12)")
-        return int(text)
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= 10**12:  # torch takes no seed beyond 64 bits; nan is in no range
+                return kind(text)
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {least} up (to 10^12)")
     return number
-
-
-def from_zero(text):  # an argparse type
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 up")
-    return number
-
-
-def parse_mix(text):
-    """An argparse type: 'segmentation=.65,text-to-image=.35' -> dict that sums to 1, in TASKS' order."""
-    mix = {}
-    for item in text.split(","):
-        task, _, share = item.partition("=")
-        if task not in TASKS:
-            raise BadInput(f"--mix: no task {task!r} (there are {', '.join(TASKS)})")
-        try:
-            mix[task] = float(share)
-        except ValueError:
-            raise BadInput(f"--mix: {item!r} is not a share (write {task}=0.5)") from None
-    if not all(0 <= share < math.inf for share in mix.values()) or sum(mix.values()) == 0:
-        raise BadInput(f"--mix {text}: shares must be numbers from 0 up, and not all 0")
-    return {task: mix[task] / sum(mix.values()) for task in TASKS if mix.get(task)}
 
 
 def add_device_flag(parser):
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    devices = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
     parser.add_argument("--device", choices=devices, default=devices[-1])
 
 
@@ -388,7 +356,7 @@ def stop_signals():
 
 
 def any_process(flag, device):
-    """Whether the flag is up in any process: signals reach them at different steps; they stop together."""
+    """Whether it is up in any process: signals reach them at different steps; they stop together."""
     if world() == 1:
         return bool(flag)
     votes = torch.tensor(float(bool(flag)), device=device)
@@ -397,9 +365,8 @@ def any_process(flag, device):
 
 
 def follow_main(worker):
-    """Ctrl-C and SIGTERM reach the whole group of processes: the main one stops after its step, and needs its
-    workers until then. Where it is killed they leave, too: by themselves they would wait for ever to hand
-    over their samples."""
+    """Ctrl-C and SIGTERM reach the whole group of processes: the main one stops after its step, and needs
+    its workers until then. Where it is killed they leave, too."""
     for name in STOPS:
         signal.signal(name, signal.SIG_IGN)
 
@@ -432,6 +399,35 @@ def which_task(refs, labels, prompt, example):
     return "reconstruction" if not labels else "subject-driven" if prompt else "segmentation"
 
 
+def name_references(labels, prompt):
+    """--prompt with <image> behind each label, where training has its reference, and the labels' numbers in
+    that order. Raises BadInput where it does not name one."""
+    ends = {}
+    for i in sorted(range(len(labels)), key=lambda i: -len(labels[i])):  # "black cat" before "cat"
+        found = (match.end() for match in re.finditer(rf"(?<!\w){re.escape(labels[i])}(?!\w)", prompt))
+        end = next((end for end in found if end not in ends.values()), None)
+        if end is None:
+            raise BadInput(f"--prompt does not name {labels[i]!r}: say where each --label stands")
+        ends[i] = end
+    order = sorted(ends, key=ends.get)
+    for i in reversed(order):
+        prompt = f"{prompt[:ends[i]]} <image>{prompt[ends[i]:]}"
+    return prompt, order
+
+
+def say_unknown(known, labels, caption):
+    """Says what of --label and --prompt training never saw. known: as train.known_text gives it."""
+    places = ["in the middle", *filter(None, PLACES), *QUARTERS]
+    for phrase in sorted((*labels, *places, *known["backgrounds"]), key=len, reverse=True):
+        caption = caption.replace(phrase, ",")
+    new = re.findall(r"\b(?:in|on|at|under|behind|beside|near|over) (?:an?|the) [\w ]*\w", caption)
+    words = known["words"].split() + words_of(str(new))
+    new += [word for word in words_of(" ".join((*labels, caption))) if word not in words]
+    if new:
+        say(f"training never saw {', '.join(map(repr, new))}, which tells the model nothing (it knows "
+            f"{', '.join((*places, *known['backgrounds'][:12]))}, ...)")
+
+
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ref", metavar="IMAGE", action="append", default=[],
@@ -444,11 +440,11 @@ def parse_args():
     parser.add_argument("-o", "--output", default="sample.png",
                         help="a .png, several pictures as a grid, or a folder (default: sample.png)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="picture i is drawn with seed + i")
-    parser.add_argument("--temperature", type=from_zero, nargs="+", default=TEMPERATURES,
+    parser.add_argument("--temperature", type=at_least(0, float), nargs="+", default=TEMPERATURES,
                         help="0 takes the likeliest codes; a number, or one a codebook (default: "
                              f"{' '.join(map(str, TEMPERATURES))})")
-    parser.add_argument("--cfg-image", type=from_zero, help="how closely to follow the references")
-    parser.add_argument("--cfg-text", type=from_zero, help="and the text (default: as suits the task)")
+    parser.add_argument("--cfg-image", type=at_least(0, float), help="how closely to follow the references,")
+    parser.add_argument("--cfg-text", type=at_least(0, float), help="and the text (default: the task's)")
     parser.add_argument("--ckpt", help="a trained model (default: out/stage2.pt, or else weights/cpu.pt)")
     add_device_flag(parser)
     args = parser.parse_args()
@@ -473,10 +469,13 @@ def main():
     cfg_image = TASKS[task].cfg_image if args.cfg_image is None else args.cfg_image
     cfg_text = TASKS[task].cfg_text if args.cfg_text is None else args.cfg_text
     labels = [clean_label(label) for label in args.label]  # as words were in training
-    prompt = fill_prompt(task, labels or [""], clean_text(args.prompt))
-    started = time.time()
-    references = [open_reference(path, label, task, model, tokenizer)
-                  for path, label in itertools.zip_longest([*args.example, *args.ref], labels)]
+    caption, shown = clean_text(args.prompt), list(itertools.zip_longest([*args.example, *args.ref], labels))
+    say_unknown(model.known, labels, caption)
+    if task == "multi-image":
+        caption, order = name_references(labels, caption)
+        shown = [shown[i] for i in order]
+    prompt, started = fill_prompt(task, labels or [""], caption), time.time()
+    references = [open_reference(path, label, task, model, tokenizer) for path, label in shown]
     pictures = draw(model, tokenizer, task, [(prompt, references)], n=args.n, seed=args.seed,
                     temperatures=temperatures, cfg_image=cfg_image, cfg_text=cfg_text,
                     exact=True)
@@ -488,8 +487,9 @@ def main():
         titles = [args.prompt or " ".join(args.label)] + [""] * args.n
         save_sheet([(titles[i // 4], cells[i:i + 4]) for i in range(0, args.n, 4)], args.output)
     else:
-        in_folder = [os.path.join(args.output, f"{args.seed + i}.png") for i in range(args.n)]
-        paths = [args.output] if args.output.lower().endswith(".png") else in_folder
+        paths = [args.output]
+        if not args.output.lower().endswith(".png"):
+            paths = [os.path.join(args.output, f"{args.seed + i}.png") for i in range(args.n)]
         for name, picture in zip(paths, pictures):
             with whole_file(name) as temporary:
                 Image.fromarray(picture).save(temporary, "PNG")

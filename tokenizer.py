@@ -1,16 +1,13 @@
-"""The ground floor: what the machine can do, pictures in and out, and the VQ tokenizer that turns them into
-codes and back.
+"""The ground floor: what the machine can do, pictures in and out, and the VQ tokenizer, pictures to codes.
 
     images (B, 3, H, W) in [-1, 1]  --encode-->  codes (B, N, n_codebooks)  --decode-->  images
     N = (H / downsample)^2 patches, row by row; a patch has one code from each codebook, coarse to fine
 
-The tokenizer is an encoder, a residual quantiser, a convolutional decoder. The encoder gives a unit vector
-per patch (l2-normalised, as in LlamaGen, arXiv 2406.06525). Residual quantisation names it step by step: the
-first codebook takes its nearest vector, each further codebook the nearest to what the coarser ones leave;
-their sum stands for the patch. The encoder sees each patch alone, so that a subject that moves by whole
-patches keeps its codes whatever is behind it: drawing it elsewhere begins as copying. The decoder does look
-at the neighbours, and so hides the seams. It ends with patches of downsample / 2 pixels: convolutions at full
-resolution would cost most of the time on a small machine.
+The encoder gives a unit vector per patch (l2-normalised, as in LlamaGen, arXiv 2406.06525). Residual
+quantisation names it step by step: the first codebook takes its nearest vector, each further codebook the
+nearest to what the coarser ones leave; their sum stands for the patch. The encoder sees each patch alone, so
+that a subject that moves by whole patches keeps its codes whatever is behind it: drawing it elsewhere begins
+as copying. The decoder does look at the neighbours, and so hides the seams.
 """
 import contextlib
 import functools
@@ -22,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 
@@ -69,32 +66,50 @@ BLACK, WHITE = (0, 0, 0, 255), (255, 255, 255, 255)
 
 
 def read_image(path, least=None):
-    """Any image file, turned as its EXIF says -> RGB image, or RGBA where the file has alpha.
+    """Any image file, turned as its EXIF says -> RGBA image where it is a cut-out, else RGB, on white.
 
-    least: pixels that either side has to keep. A JPEG that has many more is decoded at half, a quarter or an
-    eighth of its size, which is much faster. Raises BadInput, naming the file.
-    """
+    least: pixels that either side has to keep: a larger JPEG is decoded at a half, a quarter or an eighth,
+    which is much faster. Raises BadInput, naming the file."""
     try:
         with Image.open(path) as image:
             if least:
                 image.draft(None, (least, least))
-            if image.mode.startswith("I"):  # 16 bits a channel, which convert() would clip
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            return ImageOps.exif_transpose(image).convert("RGBA" if image.has_transparency_data else "RGB")
+            if image.mode[0] in "IF":  # I;16, I, F: convert() would clip them
+                image = to_bytes(image)
+            if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+                image = ImageChops.invert(image)  # pillow inverts all; only Adobe's are inverted
+            has_alpha = image.has_transparency_data
+            image = ImageOps.exif_transpose(image).convert("RGBA" if has_alpha else "RGB")
+            return image if not has_alpha or cuts_out(image.getchannel("A")) else over(image, WHITE)
     except Exception as error:  # a damaged file can fail anywhere inside pillow
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"{path}: not a readable image ({reason})") from error
 
 
-def alpha_cuts_out(path):
-    """Whether a file's alpha hides a part of it; an opaque one does not. Raises what pillow raises."""
-    with Image.open(path) as image:  # reads the header; the pixels are decoded only where it promises alpha
-        if not image.has_transparency_data:
-            return False
-        least, most = image.convert("RGBA").getchannel("A").getextrema()
-    if most < 128:
+def to_bytes(image):
+    """An image of 16 or 32 bits a pixel, whole numbers or floats -> L. White is the first of 1, 255 and
+    65,535 that no pixel exceeds."""
+    pixels = np.asarray(image, np.float64)
+    least, most = pixels.min(), pixels.max()
+    white = next((white for white in (1, 255, 65535) if most <= white), 0)
+    if not white or not least >= 0:
+        raise ValueError(f"its mode {image.mode} has pixels from {least:g} to {most:g}: save it with 8 bits")
+    return Image.fromarray((pixels * (255 / white)).round().astype(np.uint8))
+
+
+def cuts_out(alpha):
+    """Whether it leaves a ground free: a quarter of the border. (Round corners, or holes, do not.)"""
+    opaque = np.asarray(alpha) > 127
+    if not opaque.any():
         raise ValueError("nothing in it is opaque")
-    return least < 128
+    border = np.concatenate((opaque[0], opaque[-1], opaque[:, 0], opaque[:, -1]))
+    return border.mean() < 0.75
+
+
+def is_cutout(path):
+    """Whether read_image gives RGBA. (Of a file without alpha the header alone is read.)"""
+    with Image.open(path) as image:
+        return image.has_transparency_data and read_image(path).mode == "RGBA"
 
 
 def over(image, colour):
@@ -136,8 +151,9 @@ def draw_emoji(char):
     return image
 
 
-SHAPES = {"circle": 0, "triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6,  # corners,
-          "star": -5, "sun": -8, "cross": -4}                                    # or points
+# Points around the middle; how far out every second one is.
+SHAPES = {"circle": (64, 1), "triangle": (3, 1), "square": (4, 1), "pentagon": (5, 1), "hexagon": (6, 1),
+          "star": (10, 0.45), "sun": (16, 0.45), "cross": (8, 0.45)}
 COLOURS = {"red": (220, 40, 40), "green": (50, 170, 70), "blue": (50, 90, 220), "yellow": (240, 210, 50),
            "purple": (150, 60, 190), "orange": (245, 140, 40), "white": (240, 240, 240),
            "grey": (120, 120, 120)}
@@ -145,13 +161,12 @@ COLOURS = {"red": (220, 40, 40), "green": (50, 170, 70), "blue": (50, 90, 220), 
 
 def draw_shape(recipe):
     shape, outer, inner = recipe.split()
-    image, corners = Image.new("RGBA", (128, 128)), SHAPES[shape]
+    image, (n, inward) = Image.new("RGBA", (128, 128)), SHAPES[shape]
+    turns = np.linspace(0, 2 * np.pi, n, endpoint=False)
+    around = np.stack((np.sin(turns), -np.cos(turns)), 1)  # (n, 2)
+    around[1::2] *= inward
     for radius, colour in ((60, outer), (30, inner)):
-        n = 64 if corners == 0 else abs(corners) * (1 if corners > 0 else 2)
-        radii = [radius * (0.45 if corners < 0 and i % 2 else 1) for i in range(n)]
-        turns = [2 * np.pi * i / n for i in range(n)]
-        points = [(64 + r * np.sin(turn), 64 - r * np.cos(turn)) for r, turn in zip(radii, turns)]
-        ImageDraw.Draw(image).polygon(points, fill=COLOURS[colour])
+        ImageDraw.Draw(image).polygon((64 + radius * around).flatten().tolist(), fill=COLOURS[colour])
     return image
 
 
@@ -187,10 +202,8 @@ def draw_background(words, size, number):
 
     def disc(x, y, r, colour):
         return "ellipse", (x - r, y - r, x + r, y + r), colour
-
     def box(left, top, right, bottom, colour):
         return "rectangle", (left, top, right, bottom), colour
-
     def peak(x, top, width, bottom, colour):
         return "polygon", (x - width / 2, bottom, x, top, x + width / 2, bottom), colour
 
@@ -217,8 +230,7 @@ def draw_background(words, size, number):
 
 
 def draw_ground(size, rng, other):
-    """A ground that no caption names, of any look: plain, a gradient, soft noise, a pattern, or another
-    sprite's inside, enlarged -> RGB image, size x size."""
+    """A ground of any look: plain, a gradient, soft noise, a pattern, or another sprite's inside -> RGB"""
     kind = rng.choice(["gradient", "noise", "pattern", "inside"], p=[0.42, 0.23, 0.1, 0.25])
     colours, angle = rng.uniform(0, 255, (3, 3)), rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:size, :size] / (size - 1) - 0.5
@@ -253,7 +265,7 @@ def turn_hue(image, turn):
 
 
 def fill_outline(sprite, other):
-    """The outline of one sprite with the pixels of another: what is inside must be looked at, too."""
+    """The outline of one sprite with the pixels of another: the inside must be looked at, too."""
     mean = other.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))[:3]  # weighed by its alpha
     other = other.resize(sprite.size, Image.Resampling.NEAREST)
     filled = over(other, (*mean, 255))  # its mean where it does not reach
@@ -265,8 +277,8 @@ OPERATIONS = ("cut out", "another scene", "mirror", "grey", "hue")  # that examp
 
 
 def operate(operation, scene, alone, mask, behind, turn):
-    """scene: its subject is `alone` on black and covers `mask`; behind: another background; all are uint8 (H,
-    W, 3), the mask (H, W). turn: as turn_hue takes it."""
+    """scene: its subject is `alone` on black and covers `mask`; behind: another background; all uint8 (H, W,
+    3), the mask (H, W). turn: as turn_hue takes it."""
     if operation == "another scene":
         return (alone + behind * (1 - mask[..., None] / 255)).round().astype(np.uint8)
     if operation == "hue":
@@ -275,14 +287,14 @@ def operate(operation, scene, alone, mask, behind, turn):
     return {"cut out": alone, "mirror": scene[:, ::-1], "grey": grey}[operation]
 
 
-def to_images(arrays, device):
-    """uint8 (H, W, 3) arrays -> (B, 3, H, W) in [-1, 1]"""
-    return from_bytes(torch.from_numpy(np.stack(arrays)).to(device))
-
-
 def from_bytes(pictures):
     """uint8 (B, H, W, 3) -> (B, 3, H, W) in [-1, 1], on the same device"""
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_images(arrays, device):
+    """uint8 (H, W, 3) arrays -> (B, 3, H, W) in [-1, 1]"""
+    return from_bytes(torch.from_numpy(np.stack(arrays)).to(device))
 
 
 # ---- Pictures out -----------------------------------------------------------------------------------------
@@ -311,8 +323,7 @@ def whole_file(path):
 def save_sheet(rows, path):
     """rows: (title, cells), a cell being (caption, list of uint8 (H, W, 3) images) -> one labelled PNG."""
     cells = [cell for _, row in rows for cell in row]
-    # Pixels a side; small pictures are enlarged.
-    shown = max(96, *(len(image) for _, images in cells for image in images))
+    shown = max(96, *(len(image) for _, images in cells for image in images))  # pixels a side, enlarged
     cell_width = max(len(images) for _, images in cells) * (shown + 2) + 10
     row_height = shown + 24 + (30 if any(caption for caption, _ in cells) else 0)
     columns = max(len(row) for _, row in rows)
@@ -334,12 +345,8 @@ def save_sheet(rows, path):
 # ---- The tokenizer ----------------------------------------------------------------------------------------
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(norm(x)))); starts as the identity.
-
-    The weights are parameters of two dimensions, (channels, kernel_size^2 * channels), and not an
-    nn.Conv2d's of four: the optimizer of train.py, Muon, trains a layer as the matrix that it is, and torch's
-    takes no other shape.
-    """
+    """x + conv(silu(conv(norm(x)))); starts as the identity. Its weights are matrices, (channels,
+    kernel_size^2 * channels), not an nn.Conv2d's of four dimensions: torch's Muon takes nothing else."""
 
     def __init__(self, channels, kernel_size=3):
         super().__init__()
@@ -372,8 +379,8 @@ def nearest(vectors, codebook):
 class Tokenizer(nn.Module):
     def __init__(self, config):
         """config: mentor.Config, of which it takes downsample, n_codebooks, codebook_size, code_dim and
-        channels (the decoder's width at patches of downsample / 2; twice that where the codes are, and four
-        times in the encoder, which costs little: its layers see one position each)."""
+        channels (the decoder's width at patches of downsample / 2; full resolution would cost most of the
+        time; twice that where the codes are; four times in the encoder, whose layers see one position)."""
         super().__init__()
         code_dim, channels = config.code_dim, config.channels
         patch, stem, wide = config.downsample, config.downsample // 2, 2 * channels
@@ -453,9 +460,9 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def restart_dead_codes(self, codes, z, patience=100):
-        """After a step on codes (B, N, n_codebooks) of z (B, N, code_dim): a code that was not chosen for
-        `patience` steps moves onto something that this batch has to name, the more likely the less of it is
-        named by now. Without it most codes die in the first minutes and never come back."""
+        """After a step on codes (B, N, n_codebooks) of z (B, N, code_dim): a code not chosen for `patience`
+        steps moves onto something that this batch has to name, the likelier the less of it is named by now.
+        Without it most codes die in the first minutes and never come back."""
         codes, residual = codes.flatten(0, 1).T, z.flatten(0, 1)  # (n_codebooks, B * N), (B * N, code_dim)
         used = torch.zeros_like(self.idle).scatter_(1, codes, 1)
         if dist.is_initialized():  # by any of the processes
@@ -474,26 +481,20 @@ class Tokenizer(nn.Module):
 
 def psnr(a, b):
     """Peak signal-to-noise ratio of images in [-1, 1], in dB, averaged: (B, 3, H, W) x 2 -> float"""
-    mse = (a - b).pow(2).flatten(1).mean(1)  # (B,)
-    return (10 * torch.log10(4 / mse.clamp_min(1e-10))).mean().item()
-
-
-def codebook_usage(codes, codebook_size):
-    """How many of `codebook_size` occur, and their perplexity: as many, equally likely, would say as much."""
-    share = codes.flatten().bincount(minlength=codebook_size) / codes.numel()
-    return int((share > 0).sum()), round(torch.special.entr(share).sum().exp().item(), 1)
+    mean_square = (a - b).pow(2).mean((1, 2, 3))  # (B,)
+    return (10 * torch.log10(4 / mean_square.clamp_min(1e-10))).mean().item()
 
 
 @torch.no_grad()
 def quality(tokenizer, pictures, sheet=None):
-    """How well pictures (uint8 (H, W, 3) each) survive: dict(psnr: in dB, codebooks: of each, the number of
-    codes that occur at all in them, and their perplexity). sheet: a PNG of the first 24, before and after."""
+    """How well pictures (uint8 (H, W, 3) each) survive: dict(psnr: in dB, codes: how many of each codebook
+    occur in them). sheet: a PNG of the first 24, before and after."""
     images = to_images(pictures, tokenizer.codebooks.device)
     codes = tokenizer.encode(images)
-    drawn, codebook_size = tokenizer.decode(codes), tokenizer.codebooks.shape[1]
+    drawn = tokenizer.decode(codes)
     if sheet:
         cells = [("", pair) for pair in zip(pictures, to_arrays(drawn[:24]))]
         rows = [cells[i:i + 6] for i in range(0, len(cells), 6)]
         save_sheet([("picture, through the tokenizer", row) for row in rows], sheet)
-    usage = [codebook_usage(level, codebook_size) for level in codes.unbind(-1)]
-    return {"psnr": round(psnr(drawn, images), 2), "codebooks": usage}
+    used = [len(level.unique()) for level in codes.unbind(-1)]
+    return {"psnr": round(psnr(drawn, images), 2), "codes": used}

@@ -10,7 +10,7 @@ instruction.
 
 The same command again resumes where it stopped. In --out: tokenizer.pt, stage1.pt, stage2.pt (checkpoints),
 stage0.png, stage1.png, stage2.png (what it draws of held-out subjects), log.jsonl (a line per logged step;
-steps that a kill undid stand there twice), index.npz and backgrounds.npz (what the folders hold).
+steps that a kill undid stand there twice).
 """
 import argparse
 import contextlib
@@ -31,12 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import data
-from data import Tasks
-from mentor import CONFIGS, Config, Mentor
+from data import BACKGROUNDS, PLACES, QUARTERS, SIZES, Tasks, load_subjects
+from mentor import CONFIGS, TASKS, Config, Mentor, words_of
 from sample import (Parser, add_device_flag, any_process, at_least, collate, evaluate, export, fill_codes,
-                    follow_main, load_checkpoint, parse_mix, rank, run_script, save_checkpoint, save_samples,
-                    say, stack_pictures, stop_signals, world)
+                    follow_main, load_checkpoint, rank, run_script, save_checkpoint, save_samples,
+                    say, stop_signals, world)
 from tokenizer import BadInput, Tokenizer, autocast, emoji_font, from_bytes, has_bf16, whole_file
 
 # Per stage 0, 1, 2: optimizer steps, samples a step (pictures, in stage 0), peak learning rate. micro_batch:
@@ -98,11 +97,8 @@ def weigh(nats, coverage):
 
 def accumulate(net, inputs, device):
     """Adds the gradient of the mean loss of all micro-batches, each what the model's forward takes and the
-    coverage (None in stage 0) -> their loss, unweighted, and what else the last one gave.
-
-    The division comes before backward, so k micro-batches give the gradient of one batch. Among several
-    processes only the last one's backward exchanges gradients.
-    """
+    coverage (None in stage 0) -> their loss, unweighted, and what else the last one gave. k micro-batches
+    give the gradient of one batch. Among several processes only the last one's backward exchanges it."""
     total = 0.0
     for i, (arguments, coverage) in enumerate(inputs):
         exchanges = i == len(inputs) - 1 or not isinstance(net, DistributedDataParallel)
@@ -132,45 +128,30 @@ def train_step(run, net, inputs, lr):
 
 # ---- The parts of a run -----------------------------------------------------------------------------------
 
-def find_subjects(sources, index):
-    """data.load_subjects, but what was found is kept in a file until a folder, or the code that looks,
-    changes: opening a million images takes minutes."""
-    folders = [folder for source in (sources or "").split(",") for folder, _, _ in os.walk(source)]
-    code = [sys.modules[name].__file__ for name in ("tokenizer", "data")]
-    paths = [*code, *folders, *(f"{folder}/metadata.jsonl" for folder in folders)]
-    times = [(path, os.stat(path).st_mtime_ns) for path in paths if os.path.exists(path)]
-    state = str((sources, emoji_font() and emoji_font().path, times))
-    kept = {}
-    with contextlib.suppress(Exception):  # none yet, or damaged: the folders are looked through again
-        kept = dict(np.load(index))
-    if kept.pop("state", None) == state:
-        return data.Subjects(**kept)
-    subjects = data.load_subjects(sources)
-    with whole_file(index) as temporary, open(temporary, "wb") as file:
-        np.savez(file, state=state, **vars(subjects))
-    return subjects
-
-
-def load_sources(args):
-    """-> subjects, backgrounds. One process looks through the folders, the others read its index."""
-    out = os.path.join(os.path.realpath(args.out), "")
-    for folder in f"{args.data or ''},{args.backgrounds or ''}".split(","):
-        if folder and out.startswith(os.path.join(os.path.realpath(folder), "")):
-            raise BadInput(f"--out {args.out} lies in {folder}, and what is written there would be "
+@functools.cache  # (each stage of a command asks)
+def load_sources(sources, backgrounds, out):
+    """-> subjects, backgrounds"""
+    out_folder = os.path.join(os.path.realpath(out), "")
+    for folder in f"{sources or ''},{backgrounds or ''}".split(","):
+        if folder and out_folder.startswith(os.path.join(os.path.realpath(folder), "")):
+            raise BadInput(f"--out {out} lies in {folder}, and what is written there would be "
                            "trained on: give another --out")
-    if rank() > 0:
-        dist.barrier()
-    subjects, backgrounds = find_subjects(args.data, os.path.join(args.out, "index.npz")), ()
-    if args.backgrounds:
-        backgrounds = find_subjects(args.backgrounds, os.path.join(args.out, "backgrounds.npz"))
-    if rank() == 0 and world() > 1:
-        dist.barrier()
-    return subjects, backgrounds
+    return load_subjects(sources), load_subjects(backgrounds) if backgrounds else ()
+
+
+def known_text(subjects, backgrounds):
+    """What the captions of training say -> dict(words: all of them, in one string; backgrounds: a list)"""
+    scenes = list(dict.fromkeys([*BACKGROUNDS, *filter(None, (picture.caption for picture in backgrounds))]))
+    fixed = ["a big thing and, in the middle", *SIZES, *PLACES, *QUARTERS, *scenes]
+    words = set(words_of(" ".join([*fixed, *(task.prompt for task in TASKS.values())])))
+    for i in np.flatnonzero(~subjects.table["held_out"]):
+        words.update(words_of(f"{subjects[i].label} {subjects[i].caption}"))
+    return {"words": " ".join(sorted(words)), "backgrounds": scenes}
 
 
 def make_datasets(plan, args):
     """-> what the stage learns from, and task -> held-out samples of it"""
-    subjects, backgrounds = load_sources(args)
+    subjects, backgrounds = load_sources(args.data, args.backgrounds, args.out)
     say(f"stage {plan.stage}: {subjects.report}")
     if backgrounds:
         say(f"backgrounds: {backgrounds.report}")
@@ -181,6 +162,22 @@ def make_datasets(plan, args):
     held_out = {task: Tasks(subjects, {task: 1.0}, size, (args.seed, HELD_OUT), False, backgrounds)
                 for task in tasks}
     return Tasks(subjects, mix, size, (args.seed, plan.stage), True, backgrounds), held_out
+
+
+def parse_mix(text):
+    """An argparse type: 'segmentation=.65,text-to-image=.35' -> dict that sums to 1, in TASKS' order."""
+    mix = {}
+    for item in text.split(","):
+        task, _, share = item.partition("=")
+        if task not in TASKS:
+            raise BadInput(f"--mix: no task {task!r} (there are {', '.join(TASKS)})")
+        try:
+            mix[task] = float(share)
+        except ValueError:
+            raise BadInput(f"--mix: {item!r} is not a share (write {task}=0.5)") from None
+    if not all(0 <= share < math.inf for share in mix.values()) or sum(mix.values()) == 0:
+        raise BadInput(f"--mix {text}: shares must be numbers from 0 up, and not all 0")
+    return {task: mix[task] / sum(mix.values()) for task in TASKS if mix.get(task)}
 
 
 class Plan(NamedTuple):
@@ -232,11 +229,12 @@ class Run:
     model: torch.nn.Module      # what is trained: the transformer, in stage 0 the tokenizer
     tokenizer: Tokenizer
     optimizers: list
+    known: dict                 # what captions say: known_text
     step: int = 0               # how many are done
     seconds: float = 0.0        # that they took
 
 
-def start_run(plan):
+def start_run(plan, known):
     """Weights and optimizers as the last run of this stage left them, if its settings were these, or else the
     weights of the stage before. All else, samples and random numbers, follows from the step."""
     torch.manual_seed(plan.settings["seed"])
@@ -251,7 +249,7 @@ def start_run(plan):
         plan.settings["bf16"] = checkpoint["settings"]["bf16"]  # the optimizers stay what they were
         say(f"{plan.path} was begun on another kind of machine (bf16): its last bits will differ")
     optimizers = make_optimizers(model, plan.settings["bf16"], fused=plan.device.type == "cuda")
-    run = Run(plan, model, tokenizer, optimizers)
+    run = Run(plan, model, tokenizer, optimizers, known)
     if checkpoint:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
@@ -289,9 +287,15 @@ def save_run(run):
         parts = {"model": run.model.state_dict(), "tokenizer": run.tokenizer.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
         save_checkpoint(run.plan.path, stage=run.plan.stage, step=run.step, seconds=run.seconds,
-                        settings=run.plan.settings, config=dataclasses.asdict(run.plan.config), **parts)
+                        settings=run.plan.settings, config=dataclasses.asdict(run.plan.config),
+                        known=run.known, **parts)
     if world() > 1:
         dist.barrier()  # none goes on, or leaves, before it is written
+
+
+def stack_pictures(samples):
+    """Stage 0: all pictures of the samples -> [uint8 (B, H, W, 3)]"""
+    return [torch.from_numpy(np.stack([image for s in samples for image in (s.target, *s.references)]))]
 
 
 def make_loader(run, dataset, n_workers):
@@ -373,7 +377,7 @@ def train(stage, args, device):
     """Trains one stage to its end, or goes on with it; returns at once where it is finished."""
     plan = make_plan(stage, args, device)
     dataset, held_out = make_datasets(plan, args)
-    run = start_run(plan)
+    run = start_run(plan, known_text(dataset.subjects, dataset.backgrounds))
 
     def due(every):
         return run.step % max(1, every) == 0 or run.step == plan.steps
@@ -425,15 +429,10 @@ def show(stage, args, device, n=6):
     """A sheet of the first n samples of each task that this very run would learn from."""
     plan = make_plan(stage, args, device)
     dataset, _ = make_datasets(plan, args)
-    rows = {task: [] for task in dataset.mix}
-    for i in range(1000):
-        sample = dataset[i]
-        if len(rows[sample.task]) < n:
-            rows[sample.task].append(sample)
-        if all(len(samples) == n for samples in rows.values()):
-            break
+    samples = [dataset[i] for i in range(500)]
+    rows = {task: ([sample for sample in samples if sample.task == task][:n], None) for task in dataset.mix}
     path = os.path.join(args.out, f"stage{stage}-samples.png")
-    save_samples({task: (samples, None) for task, samples in rows.items() if samples}, path)
+    save_samples({task: row for task, row in rows.items() if row[0]}, path)
     print(f"wrote {path}: {dataset.subjects.table['held_out'].sum()} images are held out")
 
 

@@ -308,15 +308,14 @@ def cutting_out(drawn, cases):
 
 
 def print_table(rows):
-    """rows: name -> dict of figures; a table with the columns of all, in README's form."""
+    """rows: name -> dict of figures; in README's form, seven columns at a time, so that lines stay narrow."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    print("| |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
-    for name, row in rows.items():
-        print(
-            f"| {name} |",
-            " | ".join(f"{row[c]:.{1 if c == 'PSNR' else 3}f}" if c in row else "" for c in columns),
-            "|",
-        )
+    for i in range(0, len(columns), 7):
+        some = columns[i:i + 7]
+        print("\n" * (i > 0) + "| |", " | ".join(some), "|\n|---|" + "---|" * len(some))
+        for name, row in rows.items():
+            figures = [f"{row[c]:.{1 if c == 'PSNR' else 3}f}" if c in row else "" for c in some]
+            print(f"| {name} |", " | ".join(figure.removeprefix("0") for figure in figures), "|")
 
 
 IMAGE_SCALES, TEXT_SCALES = (1.0, 2.0, 3.0, 5.0), (1.0, 1.5, 3.0)

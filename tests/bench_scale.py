@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-import train
 from mentor import TASKS
 from tokenizer import draw_shape
 
@@ -47,7 +46,7 @@ def main():
     parser.add_argument("--n", type=int, default=1_000_000)
     n = parser.parse_args().n
     with tempfile.TemporaryDirectory() as place:
-        images, index = Path(place) / "images", os.path.join(place, "index.npz")
+        images = Path(place) / "images"
         images.mkdir()
         for i in range(100):
             draw_shape(data.shape_subjects()[i * 4].path).save(Path(place) / f"{i}.png")
@@ -56,15 +55,10 @@ def main():
                 (images / f"class {i // 1000}").mkdir()
             os.symlink(f"../../{i % 100}.png", images / f"class {i // 1000}" / f"{i}.png")
         before = own_memory()
-        for name in ("first scan", "next start"):
-            started = time.time()
-            subjects = train.find_subjects(str(images), index)
-            print(f"{name}: {time.time() - started:.1f} s", flush=True)
-        print(
-            subjects.report,
-            f"\nindex: {os.path.getsize(index) / 1e6:.0f} MB,",
-            f"the process grew by {own_memory() - before:.0f} MB",
-        )
+        started = time.time()
+        subjects = data.load_subjects(str(images))
+        print(f"scan: {time.time() - started:.1f} s; {subjects.report}")
+        print(f"the process grew by {own_memory() - before:.0f} MB", flush=True)
         started = time.time()
         dataset = Memory(subjects, {task: 1 / len(TASKS) for task in TASKS}, 64, (0,))
         loader = DataLoader(dataset, batch_size=100, collate_fn=list, num_workers=2, sampler=range(10_000))

@@ -21,16 +21,15 @@ from sample import draw
 
 class Scene(NamedTuple):
     """Two to four subjects in one picture."""
-
-    subjects: list  # data.Subject each
-    places: list  # in words
+    subjects: list       # data.Subject each
+    places: list         # in words
     placements: list
     background: str
     caption: str
     picture: np.ndarray  # uint8 (H, W, 3)
-    alone: np.ndarray  # uint8 (subjects, H, W, 3): each on black
-    masks: np.ndarray  # bool (subjects, H, W): where each is at least half opaque
-    references: list  # uint8 (H, W, 3): each large, in the middle, on another background
+    alone: np.ndarray    # uint8 (subjects, H, W, 3): each on black
+    masks: np.ndarray    # bool (subjects, H, W): where each is at least half opaque
+    references: list     # uint8 (H, W, 3): each large, in the middle, on another background
 
 
 def make_scenes(subjects, n, size, seed, count=None):
@@ -53,35 +52,22 @@ def make_scenes(subjects, n, size, seed, count=None):
             behind = some_background(there, size, rng)
             references.append(np.asarray(compose(cutout(subject), behind, AS_GIVEN)[0]))
         things = [(subject.label, None, place) for subject, (_, _, place) in zip(chosen, looks)]
-        caption = data.write_caption(rng, things, here)
-        scenes.append(
-            Scene(
-                chosen,
-                [place for _, _, place in looks],
-                [placement for placement, _, _ in looks],
-                here,
-                caption,
-                np.asarray(picture),
-                np.stack(alone),
-                np.stack(masks),
-                references,
-            )
-        )
+        caption = data.write_caption(rng, things, here, " <image>")
+        placements, _, places = zip(*looks)
+        scenes.append(Scene(chosen, places, placements, here, caption, np.asarray(picture), np.stack(alone),
+                            np.stack(masks), references))
     return scenes
 
 
 def draw_all(model, tokenizer, task, prompts, seed):
     """-> uint8 (prompts, H, W, 3), by fifty, with the task's own guidance"""
     guidance = {"cfg_image": TASKS[task].cfg_image, "cfg_text": TASKS[task].cfg_text}
-    parts = [
-        draw(model, tokenizer, task, prompts[i : i + 50], seed=seed + i, **guidance)
-        for i in range(0, len(prompts), 50)
-    ]
+    parts = [draw(model, tokenizer, task, prompts[i:i + 50], seed=seed + i, **guidance)
+             for i in range(0, len(prompts), 50)]
     return np.concatenate(parts)
 
 
 # ---- A label that chooses ---------------------------------------------------------------------------------
-
 
 def asked(scene, by):
     """The first subject of the scene, in words."""
@@ -104,23 +90,16 @@ def chosen(drawn, scenes):
 def choosing(model, tokenizer, through, held_out, trained, n, size, seed):
     """-> rows of the first table. through: pictures -> the same through the tokenizer"""
     new, known = (make_scenes(subjects, n, size, seed) for subjects in (held_out, trained))
-    rows = {
-        "chance": {"chosen": float(np.mean([1 / len(scene.subjects) for scene in new]))},
-        "the truth through the tokenizer": chosen(through([scene.alone[0] for scene in new]), new),
-    }
-    for name, by, scenes in (
-        ("by place", "place", new),
-        ("by label and place", "both", new),
-        ("by label, trained", "label", known),
-        ("by label, held out", "label", new),
-    ):
+    rows = {"chance": {"chosen": float(np.mean([1 / len(scene.subjects) for scene in new]))},
+            "the truth through the tokenizer": chosen(through([scene.alone[0] for scene in new]), new)}
+    for name, by, scenes in (("by place", "place", new), ("by label and place", "both", new),
+                             ("by label, trained", "label", known), ("by label, held out", "label", new)):
         prompts = [(fill_prompt("segmentation", [asked(s, by)]), [s.picture]) for s in scenes]
         rows[name] = chosen(draw_all(model, tokenizer, "segmentation", prompts, seed), scenes)
     return rows
 
 
 # ---- Several references -----------------------------------------------------------------------------------
-
 
 def explained(picture, behind, pixels, masks):
     """How much of what differs from the background the best of the templates explains: picture and behind (H,
@@ -190,17 +169,12 @@ def multi_image(model, tokenizer, through, held_out, n, size, seed):
     rows = {}
     for count in (2, 3, 4):
         scenes = make_scenes(held_out, n, size, seed, count)
-        prompts = [
-            fill_prompt("multi-image", [subject.label for subject in scene.subjects], scene.caption)
-            for scene in scenes
-        ]
+        prompts = [fill_prompt("multi-image", caption=scene.caption) for scene in scenes]
         blind = [(["".join(pieces)], []) for pieces in prompts]
         seeing = [(pieces, scene.references) for pieces, scene in zip(prompts, scenes)]
-        shown = {
-            f"{count}, the truth through the tokenizer": through([scene.picture for scene in scenes]),
-            f"{count}, references ignored": draw_all(model, tokenizer, "multi-image", blind, seed),
-            f"**{count} references**": draw_all(model, tokenizer, "multi-image", seeing, seed),
-        }
+        shown = {f"{count}, the truth through the tokenizer": through([scene.picture for scene in scenes]),
+                 f"{count}, references ignored": draw_all(model, tokenizer, "multi-image", blind, seed),
+                 f"**{count} references**": draw_all(model, tokenizer, "multi-image", seeing, seed)}
         for name, drawn in shown.items():
             rows[name] = judge_several(drawn, scenes, held_out, seed)
     return rows
@@ -208,13 +182,12 @@ def multi_image(model, tokenizer, through, held_out, n, size, seed):
 
 # ---- An example -------------------------------------------------------------------------------------------
 
-
 class Query(NamedTuple):
     operation: str
-    example: list  # uint8 (H, W, 3): before, after
+    example: list        # uint8 (H, W, 3): before, after
     picture: np.ndarray  # uint8 (H, W, 3)
-    answers: dict  # operation -> what it makes of the picture, uint8 (H, W, 3)
-    rivals: np.ndarray  # (19, H, W, 3): the right answer with other subjects
+    answers: dict        # operation -> what it makes of the picture, uint8 (H, W, 3)
+    rivals: np.ndarray   # (19, H, W, 3): the right answer with other subjects
 
 
 def make_queries(subjects, n, size, seed):
@@ -260,24 +233,10 @@ def in_context(model, tokenizer, through, held_out, n, size, seed):
     queries = make_queries(held_out, n, size, seed)
     pieces = fill_prompt("in-context")
     others = queries[1:] + queries[:1]  # the next one shows another operation
-    return {
-        "the truth through the tokenizer": judge_queries(
-            through([query.answers[query.operation] for query in queries]), queries
-        ),
-        "another example": judge_queries(
-            draw_all(
-                model,
-                tokenizer,
-                "in-context",
-                [(pieces, [*b.example, a.picture]) for a, b in zip(queries, others)],
-                seed,
-            ),
-            queries,
-        ),
-        "**in-context**": judge_queries(
-            draw_all(
-                model, tokenizer, "in-context", [(pieces, [*q.example, q.picture]) for q in queries], seed
-            ),
-            queries,
-        ),
-    }
+    asked = {"another example": [(pieces, [*b.example, a.picture]) for a, b in zip(queries, others)],
+             "**in-context**": [(pieces, [*query.example, query.picture]) for query in queries]}
+    truth = through([query.answers[query.operation] for query in queries])
+    rows = {"the truth through the tokenizer": judge_queries(truth, queries)}
+    for name, prompts in asked.items():
+        rows[name] = judge_queries(draw_all(model, tokenizer, "in-context", prompts, seed), queries)
+    return rows

@@ -16,7 +16,7 @@ import sample
 import train
 from data import AS_GIVEN, Placement, compose
 from mentor import fill_prompt
-from tokenizer import draw_shape
+from tokenizer import BadInput, draw_shape
 
 
 @pytest.fixture
@@ -72,6 +72,17 @@ def test_task_follows_from_what_is_given(trained, tmp_path, ref, monkeypatch, ca
     )
     assert code == 0 and out.startswith(task) and "s a picture" in out
     assert Image.open(tmp_path / "x.png").size == (32, 32)
+
+
+def test_references_stand_behind_their_labels_in_the_order_of_the_prompt():
+    for labels, prompt, wanted, order in [
+        (["dog", "cat"], "a cat and a dog", "a cat <image> and a dog <image>", [1, 0]),
+        (["cat", "black cat"], "a black cat, a cat", "a black cat <image>, a cat <image>", [1, 0]),
+        (["cat", "cat"], "a cat and a cat", "a cat <image> and a cat <image>", [0, 1]),
+    ]:
+        assert sample.name_references(labels, prompt) == (wanted, order)
+    with pytest.raises(BadInput, match="does not name 'cat'"):
+        sample.name_references(["cat"], "a caterpillar")
 
 
 def test_a_cutout_is_shown_as_training_shows_it_wherever_it_stands_in_its_file(tmp_path):
@@ -173,18 +184,20 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         (("--example", ref, ref), "give one --ref"),
         (("--example", ref, ref, "--ref", ref, *good), "no --label or --prompt"),
         (("--example", ref, "--ref", ref), "expected 2 arguments"),
-        ((*given, *["--label", "x" * 24] * 2, "--prompt", "x" * 500), "bytes of text, and"),
+        ((*given, "--label", "cat", "--label", "dog", "--prompt", "a cat"), "does not name 'dog'"),
+        ((*given, "--label", "cat", "--label", "cat", "--prompt", "a cat"), "does not name 'cat'"),
+        ((*given, *["--label", "x"] * 2, "--prompt", "x " * 500), "words of text, and"),
         ((), "nothing to draw"),
         (("--ref", tmp_path / "none.png"), "none.png: not a readable image"),
         (("--ref", tmp_path / "text.png"), "text.png: not a readable image"),
-        (("--prompt", "x" * 500), "bytes of text, and"),
+        (("--prompt", "x " * 500), "words of text, and"),
         ((*good, "--ckpt", broken), "broken.pt: not a checkpoint"),
         ((*good, "--ckpt", tmp_path / "none.pt"), "none.pt: no such file"),
         ((*good, "--ckpt", trained / "tokenizer.pt"), "the tokenizer alone"),
         ((*good, "-n", "0"), "not a whole number from 1 up"),
-        ((*good, "--temperature", "-1"), "must be a number from 0 up"),
+        ((*good, "--temperature", "-1"), "not a number from 0 up"),
         ((*good, "--temperature", ".6", ".5"), "give one number, or 3"),
-        ((*good, "--cfg-text", "nan"), "must be a number from 0 up"),
+        ((*good, "--cfg-text", "nan"), "not a number from 0 up"),
         ((*good, "--seed", "-1"), "not a whole number from 0 up"),
         ((*good, "--seed", "9" * 20), "not a whole number from 0 up"),
         ((*good, "--nonsense"), "unrecognized arguments"),
@@ -192,7 +205,8 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         ((*good, "-o", ref / "under" / "a" / "file.png"), "cannot be written"),
     ]:
         code, err, _ = call(monkeypatch, capsys, sample.main, "--ckpt", whole, "-o", kept, *args)
-        err = [line for line in err if "was found in it" not in line]  # (said before the words are counted)
+        # What is said before the words are counted:
+        err = [line for line in err if "was found in it" not in line and "training never saw" not in line]
         assert code == 2 and len(err) == 1 and words in err[0], (args, err)
         assert kept.read_text() == "kept"
 

@@ -131,6 +131,8 @@ def test_several_references_come_in_the_order_of_their_labels():
     for i in range(20):
         sample = tasks("multi-image", train=False)[i]
         assert 2 <= len(sample.labels) == len(sample.references) <= 4
+        named = sample.caption.split(" <image>")[:-1]  # each reference behind its label
+        assert all(words.endswith(label) for words, label in zip(named, sample.labels))
         for label, reference in zip(sample.labels, sample.references):
             outer = np.array(COLOURS[label.split()[0]])  # of the shape; most references show it large
             assert (np.abs(reference.astype(int) - outer).max(2) < 30).sum() > 20

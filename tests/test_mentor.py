@@ -1,6 +1,7 @@
 """The sequence, the transformer and the drawing."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -17,6 +18,7 @@ from mentor import (
     CODE,
     CONFIGS,
     EOI,
+    PAD,
     TASKS,
     Drawing,
     Mentor,
@@ -29,6 +31,8 @@ from mentor import (
     pad_sequences,
     reference_patches,
     rotary_table,
+    word_id,
+    words_of,
 )
 from sample import collate, fill_codes, load_checkpoint
 from tokenizer import BadInput, Tokenizer
@@ -73,7 +77,9 @@ def test_sequence_interleaves_text_and_images_in_prompt_order():
         random_codes(2),
     )
     ids, places = build_sequence(CONFIG, pieces, [reference], target)
-    assert ids.tolist() == [BOS, *b"The cat in ", BOI, *[CODE] * N, EOI, *b".\na cat", BOI, *[CODE] * (N - 1)]
+    the, cat, a, stop = (word_id(word) for word in ("the", "cat", "a", "."))
+    before, after = [the, cat, word_id("in")], [stop, a, cat]
+    assert ids.tolist() == [BOS, *before, BOI, *[CODE] * N, EOI, *after, BOI, *[CODE] * (N - 1)]
     assert torch.equal(places[ids == CODE][:, 3:], torch.cat((reference, target[:-1])))
     assert torch.all(places[ids != CODE][:, 3:] == 0)
 
@@ -94,14 +100,14 @@ def test_a_reference_at_a_second_size_stands_behind_the_first_with_an_order_of_i
     assert torch.equal(shown[:, 3:], reference)
     assert torch.equal(shown[:, 1] * CONFIG.side + shown[:, 2], patches % N)
     assert torch.equal(shown[:, 0], 2 + patches // N)
-    assert places[ids == EOI][0, 0] == 4 and places[ids == ord("a")][0, 0] == 5
+    assert places[ids == EOI][0, 0] == 4 and places[ids == word_id("a")][0, 0] == 5
 
 
 def test_several_references_at_the_second_size_alone():
     patches = reference_patches(CONFIG, (1,))
     references = [random_codes(i, n=len(patches)) for i in (1, 2)]
-    pieces = fill_prompt("multi-image", ["dog", "cat"], "a dog and a cat")
-    assert pieces == ["The dog in ", ". The cat in ", ".\na dog and a cat"]
+    pieces = fill_prompt("multi-image", caption="a dog <image> on the left and a cat <image>, in space")
+    assert pieces == ["a dog ", " on the left and a cat ", ", in space"]
     ids, places = build_sequence(CONFIG, pieces, references, sizes=(1,))
     shown = places[ids == CODE]
     assert torch.equal(shown[:, 3:], torch.cat(references))
@@ -128,34 +134,42 @@ def test_placeholder_written_by_a_user_stays_text():
     ]
 
 
-def test_text_that_does_not_fit_is_refused_with_the_bytes_that_do():
+def test_text_that_does_not_fit_is_refused_with_the_words_that_do():
     room = CONFIG.block_size - 1 - N
-    assert len(build_sequence(CONFIG, ["é" * (room // 2)], [], random_codes())[0]) <= CONFIG.block_size
-    with pytest.raises(BadInput, match=f"{room + 2 - room % 2} bytes of text, and {room} fit"):
-        build_sequence(CONFIG, ["é" * (room // 2 + 1)], [])
+    assert len(build_sequence(CONFIG, ["é " * room], [], random_codes())[0]) == CONFIG.block_size
+    with pytest.raises(BadInput, match=f"{room + 2} words of text, and {room} fit"):
+        build_sequence(CONFIG, ["é " * room + "so, "], [])
+
+
+def test_words_of_any_script_have_rows_of_their_own():
+    words = ["dog", "cat", "собака", "犬", "🐶", ".", "a", "don", "2", "glass", "bus", "dress"]
+    ids = [word_id(word) for word in words]
+    assert len(set(ids)) == len(words) and not set(ids) & {BOS, BOI, EOI, PAD, CODE}
+    rows = [divmod(number, mentor.N_ROWS) for number in ids]
+    assert all(5 <= row < mentor.N_ROWS for pair in rows for row in pair)
+    assert len(rows) == len({frozenset(pair) for pair in rows})
+    for form, known in (("dogs", "dog"), ("an", "a"), ("eyes", "eye")):
+        assert words_of(form) == [known]
+    for form, known in (("glass", "glas"), ("as", "a"), ("bus", "bu")):
+        assert words_of(form) == [form] != [known]
+
+
+def test_a_word_enters_as_the_sum_of_its_two_rows(model):
+    first, second = divmod(word_id("dog"), mentor.N_ROWS)
+    entered = model.embed(torch.tensor([[word_id("dog")]]), torch.zeros(1, 1, 3).long(), model.code_table())
+    assert torch.equal(entered[0, 0], model.word_embedding.weight[[first, second]].sum(0))
 
 
 def test_longest_sample_of_every_preset_fits_its_block():
-    label, place, background = "x" * data.MAX_LABEL, max(data.QUARTERS, key=len), "y" * data.MAX_BACKGROUND
-    several = data.write_caption(
-        np.random.default_rng(0), [("a" * data.MAX_LABEL, None, place)] * 4, background
-    )
-    captions = {
-        "multi-image": several,
-        "reconstruction": "z" * data.MAX_CAPTION,
-        "segmentation": "",
-        "in-context": "",
-    }
-    for task in TASKS:
-        labels = [label] * 4 if task == "multi-image" else [f"{label} {place}"]
-        caption = captions.get(task, f"a small {label} {background}, in the middle")
-        pieces = fill_prompt(task, labels, caption)
-        for config in CONFIGS.values():
-            reference = torch.zeros(len(reference_patches(config, TASKS[task].sizes)), config.n_codebooks)
-            references, target = [reference] * (len(pieces) - 1), torch.zeros(
-                config.n_codes, config.n_codebooks
-            )
-            build_sequence(config, pieces, references, target, TASKS[task].sizes)
+    label, place, background = ("x " * data.MAX_LABEL).strip(), max(data.QUARTERS), "y " * data.MAX_BACKGROUND
+    rng, longest = np.random.default_rng(0), f"a small {label} {background}, in the middle"
+    several = data.write_caption(rng, [(label, None, place)] * 4, background, " <image>")
+    captions = {"multi-image": several, "reconstruction": "z " * data.MAX_CAPTION}
+    for task, config in itertools.product(TASKS, CONFIGS.values()):
+        pieces = fill_prompt(task, [f"{label} {place}"], captions.get(task, longest))
+        reference = torch.zeros(len(reference_patches(config, TASKS[task].sizes)), config.n_codebooks)
+        target = torch.zeros(config.n_codes, config.n_codebooks)
+        build_sequence(config, pieces, [reference] * (len(pieces) - 1), target, TASKS[task].sizes)
 
 
 def test_hidden_conditions_are_the_branches_that_guidance_compares():
@@ -164,7 +178,7 @@ def test_hidden_conditions_are_the_branches_that_guidance_compares():
     assert hide_condition(pieces, references, "all") == ([""], [])
     assert hide_condition(pieces, references, "text") == (["", ""], references)
     dataset = data.Tasks(data.load_subjects("shapes"), {"segmentation": 1.0}, 8, (0,))
-    trained = {dataset[i].hide for i in range(100)}
+    trained = {dataset[i].hide for i in range(100)} - {"picture"}  # (which is no part of the condition)
     compared = {"all", "text", ""}
     assert (
         trained
