@@ -334,7 +334,7 @@ class Sample(NamedTuple):
     target: np.ndarray    # uint8 (H, W, 3): the picture to draw
     mask: np.ndarray      # uint8 (H, W): how much of each pixel the subject covers; 0 in a plain picture
     task: str = ""
-    hide: str = ""        # what training hides of the condition, for guidance (mentor.hide_condition)
+    hide: str = ""        # from the model: "text", "all" (mentor.hide_condition), or the "picture" so far
 
 
 class Tasks:
@@ -430,7 +430,7 @@ class Tasks:
         return Sample((subject.label,), subject.caption, [], target, np.zeros_like(target[..., 0]))
 
     def sprite(self, i, rng, change=True):
-        """Picture i's cut-out, in training varied, two in five with another's pixels; not if views differ."""
+        """Picture i's cut-out; in training varied, two in five with another's pixels, unless views do it."""
         sprite = cutout(self.subjects[i], self.size)
         if not self.train or not change or self.subjects.other_views(i):
             return sprite

@@ -68,7 +68,7 @@ def words_of(text):
 
 
 def word_id(word):
-    first, second = divmod(zlib.crc32(word.encode()) % (N_ROWS - 5) ** 2, N_ROWS - 5)
+    first, second = divmod(zlib.crc32(word.encode()) % (N_ROWS - 5) ** 2, N_ROWS - 5)  # the same anywhere
     return (first + 5) * N_ROWS + second + 5
 
 

@@ -204,7 +204,7 @@ def lay_out(config, rows):
             pictures += reference
         target = N * i + torch.arange(N)[:, None]
         ids, places = build_sequence(numbered, pieces, numbers, target, sizes)
-        if sample.hide == "picture":
+        if sample.hide == "picture":  # what is drawn so far tells nothing: each patch must ask the prompt
             ids[1 - N:] = PAD
         sequences.append((ids, places))
     masks = torch.from_numpy(np.stack([sample.mask for _, _, sample in rows]))  # (B, H, W)
@@ -419,13 +419,13 @@ def say_unknown(known, labels, caption):
     """Says what of --label and --prompt training never saw. known: as train.known_text gives it."""
     places = ["in the middle", *filter(None, PLACES), *QUARTERS]
     for phrase in sorted((*labels, *places, *known["backgrounds"]), key=len, reverse=True):
-        caption = caption.replace(phrase, ",")
+        caption = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", ",", caption)
     new = re.findall(r"\b(?:in|on|at|under|behind|beside|near|over) (?:an?|the) [\w ]*\w", caption)
     words = known["words"].split() + words_of(str(new))
     new += [word for word in words_of(" ".join((*labels, caption))) if word not in words]
     if new:
-        say(f"training never saw {', '.join(map(repr, new))}, which tells the model nothing (it knows "
-            f"{', '.join((*places, *known['backgrounds'][:12]))}, ...)")
+        say(f"training never saw {', '.join(map(repr, new))}, which tells the model nothing (places and "
+            f"backgrounds that it knows: {', '.join((*places, *known['backgrounds'][:12]))}, ...)")
 
 
 def parse_args():

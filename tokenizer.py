@@ -75,7 +75,7 @@ def read_image(path, least=None):
             if least:
                 image.draft(None, (least, least))
             if image.mode[0] in "IF":  # I;16, I, F: convert() would clip them
-                image = to_bytes(image)
+                image = to_8_bits(image)
             if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
                 image = ImageChops.invert(image)  # pillow inverts all; only Adobe's are inverted
             has_alpha = image.has_transparency_data
@@ -86,7 +86,7 @@ def read_image(path, least=None):
         raise BadInput(f"{path}: not a readable image ({reason})") from error
 
 
-def to_bytes(image):
+def to_8_bits(image):
     """An image of 16 or 32 bits a pixel, whole numbers or floats -> L. White is the first of 1, 255 and
     65,535 that no pixel exceeds."""
     pixels = np.asarray(image, np.float64)

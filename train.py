@@ -98,7 +98,7 @@ def weigh(nats, coverage):
 def accumulate(net, inputs, device):
     """Adds the gradient of the mean loss of all micro-batches, each what the model's forward takes and the
     coverage (None in stage 0) -> their loss, unweighted, and what else the last one gave. k micro-batches
-    give the gradient of one batch. Among several processes only the last one's backward exchanges it."""
+    give the gradient of one batch. Among several processes only the last backward exchanges it."""
     total = 0.0
     for i, (arguments, coverage) in enumerate(inputs):
         exchanges = i == len(inputs) - 1 or not isinstance(net, DistributedDataParallel)

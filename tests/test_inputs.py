@@ -149,6 +149,7 @@ KNOWN = train.known_text(load_subjects("shapes"), ())
     "labels, caption, named",
     [
         (["red blue star"], "a red blue star on the beach", []),
+        (["sun"], "a sun, a sunflower", ["'sunflower'"]),
         (["stars"], "two big stars, at the top left, under water", ["'two'"]),
         (["hunde"], "", ["'hunde'"]),
         ([], "a star on the moon, in the corner", ["'on the moon'", "'in the corner'"]),
