@@ -95,9 +95,8 @@ def file_subject(root, line):
     path, mask = root / record["file_name"], root / (record.get("mask") or record["file_name"])
     if any(os.path.relpath(file, root).split(os.sep)[0] == ".." for file in (path, mask)):
         raise ValueError("leads out of the folder")
-    original = path.with_name(path.name.replace("_mirror", ""))  # owl_mirror.png is a view of owl.png
-    if not original.is_file():
-        original = path
+    mirrored = path.with_name(path.name.replace("_mirror", ""))  # owl_mirror.png is a view of owl.png
+    original = mirrored if mirrored.is_file() else path
     sidecar = original.with_suffix(".txt")
     text = str(record.get("text") or (sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""))
     text = text or str(record.get("label") or "") or code_point_label(original)
@@ -366,7 +365,9 @@ class Tasks:
             except BadInput as error:  # a broken file: another subject takes its place
                 say_once(f"skipped: {error}")
                 continue
-            hide = ["all", "text", "picture", ""][rng.choice(4, p=[0.1, 0.05, 0.3, 0.55])]
+            # Where words alone decide, what is drawn so far would tell it sooner: mostly hide it.
+            hidden = 0.65 if task in ("text-to-image", "segmentation") else 0.15
+            hide = ["all", "text", "picture", ""][rng.choice(4, p=[0.1, 0.05, hidden, 0.85 - hidden])]
             return sample._replace(task=task, hide=hide)
         raise BadInput("a hundred images in a row could not be read")
 
@@ -388,7 +389,7 @@ class Tasks:
         """The target is the subject's own pixels, in place, on black: the only one, or one of several, asked
         for by label, place or both. Where labels tell them apart they look as they do."""
         numbers = self.different(i, rng.integers(1, 5), rng)
-        asked_by = str(rng.choice(["label", "place", "both"], p=[0.76, 0.12, 0.12])) * (len(numbers) > 1)
+        asked_by = str(rng.choice(["label", "place", "both"], p=[0.66, 0.22, 0.12])) * (len(numbers) > 1)
         sprites = [self.sprite(number, rng, change=asked_by != "label") for number in numbers]
         scene, parts, _ = self.scene(numbers, sprites, rng, anywhere=0.7, any_ground=True)
         alone, mask, place = parts[0]
@@ -464,8 +465,7 @@ class Tasks:
             other = self.subjects[self.cutouts[zlib.crc32(b"%d" % number) % len(self.cutouts)]]
             image = ground(self.size, number, other).transpose(int(rng.integers(7)))
             return image, "", ""
-        others = [words for words in BACKGROUNDS if words not in other_than]
-        words = others[rng.integers(len(others))]
+        words = str(rng.choice([words for words in BACKGROUNDS if words not in other_than]))
         image = draw_background(words, self.size, int(rng.integers(N_BACKGROUNDS)))
         return ImageOps.mirror(image) if rng.uniform() < 0.5 else image, words, words
 
