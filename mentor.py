@@ -4,7 +4,8 @@ r"""MENTOR in one file: a transformer that draws an image, patch by patch, from 
     \ text as words, reference images as VQ codes, in the order of the prompt _/ \ the picture /
 
 One causal transformer, one loss: cross-entropy on the picture's codes (arXiv 2507.09574, section 3). Each c,
-s and t is a patch, named by a few codes, coarse to fine; c is the reference as it is, s at two thirds.
+s and t is a patch, named by a few codes, coarse to fine; c is the reference as it is, s at two thirds: a task
+takes either or both (Task.sizes).
 """
 import copy
 import functools
@@ -35,14 +36,14 @@ class Config:
     n_head: int = 4
     n_embd: int = 256
     block_size: int = 352       # longest sequence, in tokens: words, references and picture together
-    reference_sizes: tuple = (1.0, 2 / 3)  # a reference enters as it is, and once more so much smaller
+    reference_sizes: tuple = (1.0, 2 / 3)  # a reference enters as it is, so much smaller, or both: Task.sizes
 
     @property
     def side(self):  # patches a side of an image
         return self.image_size // self.downsample
 
     @property
-    def n_codes(self):  # patches of an image, one place of a sequence each: N, where a comment gives shapes
+    def n_patches(self):  # patches of an image, a token each: N, where a comment gives shapes
         return self.side ** 2
 
 
@@ -55,9 +56,9 @@ CONFIGS = {
 }
 # Text is words: a hash of each names two rows of one table, which are added (the hashing trick): any word of
 # any script has a vector of its own. An id is both numbers, first * N_ROWS + second. The first five rows:
-# begin of sequence, begin and end of an image, padding, and CODE, a patch; its codes are in its place.
+# begin of sequence, begin and end of an image, a patch that is hidden, and one that is not, by its codes.
 N_ROWS = 4096
-BOS, BOI, EOI, PAD, CODE = range(0, 5 * (N_ROWS + 1), N_ROWS + 1)
+BOS, BOI, EOI, HIDDEN, PATCH = range(0, 5 * (N_ROWS + 1), N_ROWS + 1)
 WORD = re.compile(r"\w+|[^\w\s]")  # or sign
 MAX_LABEL, MAX_BACKGROUND, MAX_CAPTION = 5, 8, 20  # words
 
@@ -127,35 +128,34 @@ def hide_condition(pieces, references, hide):
 # ---- The sequence -----------------------------------------------------------------------------------------
 
 @functools.cache
-def reference_patches(config, sizes=(0, 1)):
+def reference_patches(config, sizes):
     """Which patches of a reference enter at these sizes (indices of Config.reference_sizes): of each, centred
     on its own canvas of N patches, those that it fills -> their numbers, counted through all canvases."""
     numbers = []
     for i, size in enumerate(config.reference_sizes[index] for index in sizes):
         first, end = math.floor(config.side * (1 - size) / 2), math.ceil(config.side * (1 + size) / 2)
-        canvas = torch.arange(config.n_codes * i, config.n_codes * (i + 1)).view(config.side, config.side)
+        canvas = torch.arange(config.n_patches * i, config.n_patches * (i + 1)).view(config.side, config.side)
         numbers.append(canvas[first:end, first:end].flatten())
     return torch.cat(numbers)
 
 
-def build_sequence(config, pieces, references, target=None, sizes=(0, 1)):
-    """Texts with images between them -> ids (T,), places (T, 3 + n_codebooks). Raises BadInput: too long.
+def build_sequence(config, pieces, references, sizes, target=None):
+    """Texts with images between them -> tokens (T, 4 + n_codebooks). Raises BadInput: too long.
     pieces: strings. references: at most one behind each piece: the codes of its patches that enter at these
     sizes (reference_patches), n_codebooks each. target: the picture's (N, n_codebooks): the last N tokens are
     <boi> and all its patches but the last, each of which predicts the next; without it <boi>, ready to draw.
-    A place says where a token stands and, if a patch, what is there: (order, row, column, code, ...). The
-    first three turn one rotary axis each. All patches of an image, at one size, share one order. A patch of a
-    reference stands at its own row and column, a token of the picture at those of the patch it is about to
-    PREDICT: so the same patch of a reference differs in the order alone, and is easy to copy."""
-    ids, places = [], []
-    def add(new_ids, order, patches=0, codes=0):
-        rows = np.zeros((len(new_ids), 3 + config.n_codebooks), int)
-        rows[:, 0], rows[:, 1:3], rows[:, 3:] = order, patches, codes
-        ids.extend(new_ids)
-        places.append(rows)
+    A token is its id, where it stands (order, row, column: each turns a rotary axis) and, if it is a patch,
+    its codes. All patches of an image, at one size, share one order. A patch of a reference stands at its own
+    row and column, a token of the picture at those of the patch it is about to PREDICT: so the same patch of
+    a reference that enters as it is differs in the order alone, and is easy to copy."""
+    tokens = []
+    def add(ids, order, patches=0, codes=0):
+        rows = np.zeros((len(ids), 4 + config.n_codebooks), int)
+        rows[:, 0], rows[:, 1], rows[:, 2:4], rows[:, 4:] = ids, order, patches, codes
+        tokens.append(rows)
 
     grid = np.indices((config.side, config.side)).reshape(2, -1).T  # (N, 2): row, column
-    canvas, patch = divmod(reference_patches(config, sizes).numpy(), config.n_codes)
+    canvas, patch = divmod(reference_patches(config, sizes).numpy(), config.n_patches)
     add([BOS], 0)
     order = 1
     for i, piece in enumerate(pieces):
@@ -163,32 +163,27 @@ def build_sequence(config, pieces, references, target=None, sizes=(0, 1)):
         add(words, order + np.arange(len(words)))
         order += len(words)
         if i < len(references):
-            n = len(references[i])
             add([BOI], order)
-            add([CODE] * n, order + 1 + np.array(sizes)[canvas[:n]], grid[patch[:n]], references[i].cpu())
+            add([PATCH] * len(patch), order + 1 + np.array(sizes)[canvas], grid[patch], references[i].cpu())
             add([EOI], order + 2 + sizes[-1])
             order += 3 + sizes[-1]
-    room = config.block_size - (len(ids) + config.n_codes)
+    room = config.block_size - sum(map(len, tokens)) - config.n_patches
     if room < 0:
         n_words = len(words_of(" ".join(pieces)))
         raise BadInput(f"--label and --prompt make a sentence of {n_words} words of text, "
                        f"and {max(0, n_words + room)} fit: shorten them")
     add([BOI], order, grid[0])
     if target is not None:
-        add([CODE] * (config.n_codes - 1), order, grid[1:], target[:-1])
-    return torch.tensor(ids), torch.from_numpy(np.concatenate(places))
+        add([PATCH] * (config.n_patches - 1), order, grid[1:], target[:-1])
+    return torch.from_numpy(np.concatenate(tokens))
 
 
 def pad_sequences(sequences, multiple=1):
-    """List of (ids, places) -> ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,), padded on the right
-    to a multiple: odd sizes are slower. Attention is causal: nothing looks at the padding, so no key mask."""
-    lengths = torch.tensor([len(ids) for ids, _ in sequences])
-    T = -(-int(lengths.max()) // multiple) * multiple
-    ids = torch.full((len(sequences), T), PAD)
-    places = torch.zeros(len(sequences), T, sequences[0][1].shape[1], dtype=torch.long)
-    for row, (its_ids, its_places) in enumerate(sequences):
-        ids[row, :len(its_ids)], places[row, :len(its_ids)] = its_ids, its_places
-    return ids, places, lengths
+    """Sequences of tokens -> tokens (B, T, 4 + n_codebooks), lengths (B,), padded on the right to a multiple:
+    odd sizes are slower. Attention is causal: nothing looks at the padding, so no key mask."""
+    tokens = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    tokens = F.pad(tokens, (0, 0, 0, -tokens.shape[1] % multiple))
+    return tokens, torch.tensor([len(sequence) for sequence in sequences])
 
 
 # ---- The transformer --------------------------------------------------------------------------------------
@@ -326,10 +321,11 @@ class Mentor(nn.Module):
         """A patch's codes, or the coarser of them (..., n) -> the sum of their vectors (..., n_embd)"""
         return sum(F.embedding(codes[..., level], table[level]) for level in range(codes.shape[-1]))
 
-    def embed(self, ids, codes, table):
-        """ids (B, T), codes (B, T, n_codebooks) -> (B, T, n_embd): text by its id, patches by their codes."""
+    def embed(self, tokens, table):
+        """(B, T, 4 + n_codebooks) -> (B, T, n_embd): text by its id, patches by their codes."""
+        ids, codes = tokens[..., 0], tokens[..., 4:]
         text = self.word_embedding(ids // N_ROWS) + self.word_embedding(ids % N_ROWS)
-        return torch.where((ids == CODE)[..., None], self.sum_codes(codes, table), text)
+        return torch.where((ids == PATCH)[..., None], self.sum_codes(codes, table), text)
 
     def hidden(self, x, rotary, caches=None):
         """Embedded tokens, their rotary table -> the last block's output, normalised (B, T, n_embd)."""
@@ -347,14 +343,14 @@ class Mentor(nn.Module):
             x = x + self.level_mlps[level - 1](rms_norm(x + known))
         return F.linear(x.to(table.dtype), table[level]).float() * self.head_gain[level]
 
-    def forward(self, ids, places, lengths, target):
-        """Cross-entropy of each of the picture's codes, in nats: ids (B, T), places (B, T, 3 + n_codebooks),
-        lengths (B,) without padding, target and result (B, N, n_codebooks)."""
+    def forward(self, tokens, lengths, target):
+        """Cross-entropy of each of the picture's codes, in nats: tokens (B, T, 4 + n_codebooks), lengths (B,)
+        without padding, target and result (B, N, n_codebooks)."""
         table = self.code_table()
-        x = self.embed(ids, places[..., 3:], table)  # (B, T, n_embd)
-        x = self.hidden(x, rotary_table(places[..., :3], self.config))
+        x = self.embed(tokens, table)  # (B, T, n_embd)
+        x = self.hidden(x, rotary_table(tokens[..., 1:4], self.config))
         N = target.shape[1]
-        last = lengths[:, None] - N + torch.arange(N, device=ids.device)  # (B, N): they predict the picture
+        last = lengths[:, None] - N + torch.arange(N, device=tokens.device)  # (B, N): they predict the picture
         x = x.gather(1, last[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)  # (B * N, n_embd)
         nats, codes = [], target.flatten(0, 1)  # (B * N, n_codebooks)
         for level in range(self.config.n_codebooks):
@@ -406,7 +402,7 @@ class Drawing:
     branch, group by group. A step changes in place what was allocated before and brings no number to Python:
     so a CUDA graph can take it."""
 
-    def __init__(self, model, prompts, n, seed, temperatures, cfg_image, cfg_text, exact=False, sizes=(0, 1)):
+    def __init__(self, model, prompts, sizes, n, seed, temperatures, cfg_image, cfg_text, exact=False):
         config, device, levels = model.config, model.head_gain.device, model.config.n_codebooks
         self.model, self.temperatures = drawing_copy(model, exact), temperatures[:levels]
         n_groups = -(-n // GROUP_SIZE)
@@ -414,7 +410,7 @@ class Drawing:
         self.n_drawn = n_groups * self.G  # pictures of a prompt: n, and a few that fill the groups
         # The numbers that decide picture i come from its own seed: the same on every device, in every batch.
         seeds = [seed + first + i for first in range(0, n * len(prompts), n) for i in range(self.n_drawn)]
-        uniform = [torch.rand(config.n_codes, levels, generator=torch.Generator().manual_seed(number))
+        uniform = [torch.rand(config.n_patches, levels, generator=torch.Generator().manual_seed(number))
                    for number in seeds]
         self.uniform = torch.stack(uniform).to(device)  # (pictures, N, n_codebooks)
         self.codes = torch.zeros(self.uniform.shape, dtype=torch.long, device=device)
@@ -422,13 +418,13 @@ class Drawing:
 
         branches = [guidance_branches(*prompt, cfg_image, cfg_text) for prompt in prompts]
         self.weights = torch.tensor([weight for weight, _, _ in branches[0]], device=device)
-        sequences = [build_sequence(config, *prompt, sizes=sizes) for row in branches for _, *prompt in row]
+        sequences = [build_sequence(config, *prompt, sizes) for row in branches for _, *prompt in row]
         self.prefill(*(x.to(device) for x in pad_sequences(sequences)), n_groups)
 
-    def prefill(self, ids, places, lengths, n_groups):
-        """Runs the transformer over prompts: ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,)."""
-        model, config, device, N = self.model, self.model.config, ids.device, self.model.config.n_codes
-        (B, T), last = ids.shape, (torch.arange(len(ids), device=device), lengths - 1)
+    def prefill(self, tokens, lengths, n_groups):
+        """Runs the transformer over prompts: tokens (B, T, 4 + n_codebooks), lengths (B,)."""
+        model, config, device, N = self.model, self.model.config, tokens.device, self.model.config.n_patches
+        (B, T, _), last = tokens.shape, (torch.arange(len(tokens), device=device), lengths - 1)
         S = T + self.G * N  # slots: the prompt, then N for each picture of the group
         self.table = model.code_table().to(model.blocks[0].mlp.fc.weight.dtype)
         dtype = torch.float32 if device.type == "cpu" else self.table.dtype  # a CPU attends faster in fp32
@@ -436,13 +432,13 @@ class Drawing:
                                    dtype=dtype, device=device)
         causal = torch.full((T, S), -torch.inf, dtype=dtype, device=device).triu(1)
         caches = [KVCache(k, v, torch.arange(T, device=device), causal) for k, v in zip(keys, values)]
-        x = model.embed(ids, places[..., 3:], self.table)
-        x = model.hidden(x, rotary_table(places[..., :3], config), caches)[last]  # (B, n_embd)
+        x = model.embed(tokens, self.table)
+        x = model.hidden(x, rotary_table(tokens[..., 1:4], config), caches)[last]  # (B, n_embd)
 
         # From here on a row is a group of pictures in a branch.
         self.x = x.repeat_interleave(n_groups * self.G, 0)  # (rows * G, n_embd): what predicts the next patch
         grid = torch.cartesian_prod(*[torch.arange(config.side, device=device)] * 2)  # (N, 2)
-        order = places[last][:, None, :1].expand(-1, N, -1)  # (B, N, 1)
+        order = tokens[last][:, None, 1:2].expand(-1, N, -1)  # (B, N, 1)
         positions = torch.cat((order, grid.expand(B, -1, -1)), 2)  # (B, N, 3)
         positions = positions.repeat_interleave(n_groups, 0)  # (rows, N, 3)
         self.rotary = rotary_table(positions, config)  # (rows, 1, N, head_dim) each
@@ -488,13 +484,13 @@ class Drawing:
 
 
 @torch.inference_mode()
-def generate(model, prompts, n=1, seed=0, temperatures=TEMPERATURES, cfg_image=1.0, cfg_text=1.0, exact=False,
-             sizes=(0, 1)):
+def generate(model, prompts, sizes, n=1, seed=0, temperatures=TEMPERATURES, cfg_image=1.0, cfg_text=1.0,
+             exact=False):
     """Draws n pictures of each prompt -> codes (len(prompts) * n, N, n_codebooks). prompts: list of (pieces,
-    references), as build_sequence takes them, and sizes, too. temperatures: one a codebook. Row i uses the
+    references), as build_sequence takes them with sizes. temperatures: one a codebook. Row i uses the
     random numbers of seed + i, whatever is drawn beside it. exact: in fp32, where that makes it the same
     picture; in bf16 rounding may turn it into another."""
-    drawing = Drawing(model, prompts, n, seed, temperatures, cfg_image, cfg_text, exact, sizes)
+    drawing = Drawing(model, prompts, sizes, n, seed, temperatures, cfg_image, cfg_text, exact)
     drawing.draw_patch()
-    repeat(drawing.step, model.config.n_codes - 1, drawing.codes.device)
+    repeat(drawing.step, model.config.n_patches - 1, drawing.codes.device)
     return drawing.codes.unflatten(0, (len(prompts), -1))[:, :n].flatten(0, 1)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import AS_GIVEN, IMAGE_ENDINGS, PLACES, QUARTERS, Subject, compose, cutout
-from mentor import (PAD, TASKS, TEMPERATURES, Config, Mentor, build_sequence, clean_label, clean_text,
+from mentor import (HIDDEN, TASKS, TEMPERATURES, Config, Mentor, build_sequence, clean_label, clean_text,
                     fill_prompt, generate, hide_condition, pad_sequences, reference_patches, words_of)
 from tokenizer import (BadInput, Tokenizer, autocast, from_bytes, open_square, quality, read_image,
                        save_sheet, to_arrays, to_images, whole_file)
@@ -112,26 +112,29 @@ def at_sizes(config, task, picture):
 @torch.no_grad()
 def draw(model, tokenizer, task, prompts, **how):
     """prompts: list of (pieces, references): the texts around the references, and these, uint8 (H, W, 3).
-    how: as mentor.generate takes it -> uint8 (len(prompts) * n, H, W, 3). Raises BadInput: too long."""
+    how: as mentor.generate takes it; guidance is the task's where it is not given -> uint8
+    (len(prompts) * n, H, W, 3). Raises BadInput: too long."""
+    _, cfg_image, cfg_text, _, sizes = TASKS[task]
+
     def encode(reference):  # -> codes (patches, n_codebooks)
         pictures = to_images(at_sizes(model.config, task, reference), model.head_gain.device)
         codes = tokenizer.encode(pictures)  # (sizes, N, n_codebooks)
-        return codes.flatten(0, 1)[reference_patches(model.config, TASKS[task].sizes)]
+        return codes.flatten(0, 1)[reference_patches(model.config, sizes)]
 
     encoded = [(pieces, [encode(reference) for reference in references]) for pieces, references in prompts]
-    return to_arrays(tokenizer.decode(generate(model, encoded, sizes=TASKS[task].sizes, **how)))
+    how = {"cfg_image": cfg_image, "cfg_text": cfg_text, **how}
+    return to_arrays(tokenizer.decode(generate(model, encoded, sizes, **how)))
 
 
 def frame_subjects(model, tokenizer, labels, pictures):
     """Brings what the labels name, in square pictures, uint8 (H, W, 3), to where most references of training
     show it (data.AS_GIVEN): on whole patches, whose codes drawing then copies. Where it is now the model says
     itself, by cutting it out -> list of uint8 (image_size, image_size, 3)"""
-    size, task = model.config.image_size, TASKS["segmentation"]
+    size = model.config.image_size
     framed = [np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
               for picture in pictures]
     prompts = [(fill_prompt("segmentation", [label]), [picture]) for label, picture in zip(labels, framed)]
-    cut_out = draw(model, tokenizer, "segmentation", prompts, exact=True, cfg_image=task.cfg_image,
-                   cfg_text=task.cfg_text)
+    cut_out = draw(model, tokenizer, "segmentation", prompts, exact=True)
     for i, (picture, alone) in enumerate(zip(pictures, cut_out)):
         box = box_to_frame(alone)
         if box is None:
@@ -176,8 +179,7 @@ def open_reference(path, label, task, model, tokenizer):
 class Batch(NamedTuple):
     """Sequences without their codes, which only the tokenizer knows: workers lay out, the device encodes."""
     pictures: torch.Tensor  # uint8 (n, H, W, 3): the targets of all rows, then their references
-    ids: torch.Tensor       # (B, T)
-    places: torch.Tensor    # (B, T, 4): for its codes, a patch's number among all patches of the pictures
+    tokens: torch.Tensor    # (B, T, 5): for its codes, a patch's number among all patches of the pictures
     lengths: torch.Tensor   # (B,)
     coverage: torch.Tensor  # (B, N): how much of each patch of the target the subject covers, 0 to 1
 
@@ -189,24 +191,24 @@ def collate(config, size, samples):
     for s in samples:
         pieces, references = hide_condition(fill_prompt(s.task, s.labels, s.caption), s.references, s.hide)
         rows.append((pieces, [at_sizes(config, s.task, reference) for reference in references], s))
-    rows.sort(key=lambda row: config.n_codes * sum(map(len, row[1])) + len(" ".join(row[0]).split()))
+    rows.sort(key=lambda row: config.n_patches * sum(map(len, row[1])) + len(" ".join(row[0]).split()))
     return [lay_out(config, rows[i:i + size]) for i in range(0, len(rows), size)]
 
 
 def lay_out(config, rows):
     """rows: list of (pieces, references, sample), a reference being a picture a size, uint8 -> Batch"""
     numbered = dataclasses.replace(config, n_codebooks=1)  # a patch has its number now, its codes later
-    N, pictures, sequences = config.n_codes, [sample.target for _, _, sample in rows], []
+    N, pictures, sequences = config.n_patches, [sample.target for _, _, sample in rows], []
     for i, (pieces, references, sample) in enumerate(rows):
         numbers, sizes = [], TASKS[sample.task].sizes
         for reference in references:
-            numbers.append(N * len(pictures) + reference_patches(config, sizes)[:, None])
+            numbers.append(N * len(pictures) + reference_patches(config, sizes)[:, None])  # (patches, 1)
             pictures += reference
         target = N * i + torch.arange(N)[:, None]
-        ids, places = build_sequence(numbered, pieces, numbers, target, sizes)
+        tokens = build_sequence(numbered, pieces, numbers, sizes, target)
         if sample.hide == "picture":  # what is drawn so far tells nothing: each patch must ask the prompt
-            ids[1 - N:] = PAD
-        sequences.append((ids, places))
+            tokens[1 - N:, 0] = HIDDEN
+        sequences.append(tokens)
     masks = torch.from_numpy(np.stack([sample.mask for _, _, sample in rows]))  # (B, H, W)
     coverage = F.avg_pool2d(masks[:, None].float(), config.downsample).flatten(1) / 255
     return Batch(torch.from_numpy(np.stack(pictures)), *pad_sequences(sequences, multiple=8), coverage)
@@ -214,12 +216,12 @@ def lay_out(config, rows):
 
 @torch.no_grad()
 def fill_codes(tokenizer, batch, device):
-    """A Batch -> what Mentor.forward takes: ids (B, T), places (B, T, 3 + n_codebooks), lengths (B,), target
-    codes (B, N, n_codebooks)."""
-    pictures, ids, places, lengths = (x.to(device, non_blocking=True) for x in batch[:4])
+    """A Batch -> what Mentor.forward takes: tokens (B, T, 4 + n_codebooks), lengths (B,), target codes
+    (B, N, n_codebooks)."""
+    pictures, tokens, lengths = (x.to(device, non_blocking=True) for x in batch[:3])
     codes = tokenizer.encode(from_bytes(pictures))  # (n, N, n_codebooks)
-    numbers = places[..., 3]  # (B, T); at a word 0, whose codes are never looked at
-    return ids, torch.cat((places[..., :3], codes.flatten(0, 1)[numbers]), -1), lengths, codes[:len(ids)]
+    numbers = tokens[..., 4]  # (B, T); at a word 0, whose codes are never looked at
+    return torch.cat((tokens[..., :4], codes.flatten(0, 1)[numbers]), -1), lengths, codes[:len(tokens)]
 
 
 # ---- Looking at what a model has learnt -------------------------------------------------------------------
@@ -273,8 +275,7 @@ def draw_samples(model, tokenizer, samples, path):
     rows = {}
     for task, row in samples.items():
         prompts = [(fill_prompt(task, s.labels, s.caption), s.references) for s in row]
-        guidance = {"cfg_image": TASKS[task].cfg_image, "cfg_text": TASKS[task].cfg_text}
-        rows[task] = row, draw(model, tokenizer, task, prompts, **guidance)
+        rows[task] = row, draw(model, tokenizer, task, prompts)
     save_samples(rows, path)
 
 
@@ -466,8 +467,8 @@ def main():
     temperatures = args.temperature * levels if len(args.temperature) == 1 else args.temperature
     if args.temperature is not TEMPERATURES and len(temperatures) != levels:
         raise BadInput(f"--temperature: give one number, or {levels}, one for each codebook of {path}")
-    cfg_image = TASKS[task].cfg_image if args.cfg_image is None else args.cfg_image
-    cfg_text = TASKS[task].cfg_text if args.cfg_text is None else args.cfg_text
+    asked = {"cfg_image": args.cfg_image, "cfg_text": args.cfg_text}
+    guidance = {name: scale for name, scale in asked.items() if scale is not None}  # else the task's
     labels = [clean_label(label) for label in args.label]  # as words were in training
     caption, shown = clean_text(args.prompt), list(itertools.zip_longest([*args.example, *args.ref], labels))
     say_unknown(model.known, labels, caption)
@@ -477,17 +478,15 @@ def main():
     prompt, started = fill_prompt(task, labels or [""], caption), time.time()
     references = [open_reference(path, label, task, model, tokenizer) for path, label in shown]
     pictures = draw(model, tokenizer, task, [(prompt, references)], n=args.n, seed=args.seed,
-                    temperatures=temperatures, cfg_image=cfg_image, cfg_text=cfg_text,
-                    exact=True)
+                    temperatures=temperatures, exact=True, **guidance)
     seconds = (time.time() - started) / args.n
 
+    paths = [args.output]
     if args.output.lower().endswith(".png") and args.n > 1:  # as a grid
-        paths = [args.output]
         cells = [(f"seed {args.seed + i}", [picture]) for i, picture in enumerate(pictures)]
         titles = [args.prompt or " ".join(args.label)] + [""] * args.n
         save_sheet([(titles[i // 4], cells[i:i + 4]) for i in range(0, args.n, 4)], args.output)
     else:
-        paths = [args.output]
         if not args.output.lower().endswith(".png"):
             paths = [os.path.join(args.output, f"{args.seed + i}.png") for i in range(args.n)]
         for name, picture in zip(paths, pictures):

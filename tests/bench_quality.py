@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 from data import AS_GIVEN, BACKGROUNDS, PLACES, SIZES, compose, cutout, draw_background
-from mentor import TASKS, fill_prompt
+from mentor import fill_prompt
 from sample import Parser, add_device_flag, at_least, draw, frame_subjects, load_models, run_script
 from tokenizer import BadInput, psnr, save_sheet, to_arrays, to_images, whole_file
 
@@ -257,30 +257,26 @@ def through_tokenizer(tokenizer, pictures, device):
     return to_arrays(tokenizer.decode(tokenizer.encode(to_images(pictures, device))))
 
 
+def draw_all(model, tokenizer, task, prompts, seed, **guidance):
+    """-> uint8 (prompts, H, W, 3), by fifty; the task's own guidance where none is given"""
+    parts = [
+        draw(model, tokenizer, task, prompts[i : i + 50], seed=seed + i, **guidance)
+        for i in range(0, len(prompts), 50)
+    ]
+    return np.concatenate(parts)
+
+
 def draw_cases(model, tokenizer, task, cases, references, seed, guidance):
     """One picture a case, uint8 (n, H, W, 3). references: a picture a case, or None: then the prompt loses
-    its <image>."""
+    its <image>. guidance: (cfg_image, cfg_text), or None: the task's."""
     prompts = [fill_prompt(task, [case.subject.label], case.caption) for case in cases]
     prompts = (
         [(["".join(p)], []) for p in prompts]
         if references is None
         else [(p, [r]) for p, r in zip(prompts, references)]
     )
-    cfg_image, cfg_text = guidance or (TASKS[task].cfg_image, TASKS[task].cfg_text)
-    return np.concatenate(
-        [
-            draw(
-                model,
-                tokenizer,
-                task,
-                prompts[i : i + 50],
-                seed=seed + i,
-                cfg_image=cfg_image,
-                cfg_text=cfg_text,
-            )
-            for i in range(0, len(prompts), 50)
-        ]
-    )
+    scales = dict(zip(("cfg_image", "cfg_text"), guidance or ()))
+    return draw_all(model, tokenizer, task, prompts, seed, **scales)
 
 
 def framed(model, tokenizer, cases, pictures):

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 import data
-from bench_quality import N_OTHERS, other_subjects, outline_likeness, some_background, templates
+from bench_quality import (N_OTHERS, draw_all, other_subjects, outline_likeness, some_background,
+                           templates)
 from data import AS_GIVEN, BACKGROUNDS, OPERATIONS, compose, cutout, operate
-from mentor import TASKS, fill_prompt
-from sample import draw
+from mentor import fill_prompt
 
 
 class Scene(NamedTuple):
@@ -57,14 +57,6 @@ def make_scenes(subjects, n, size, seed, count=None):
         scenes.append(Scene(chosen, places, placements, here, caption, np.asarray(picture), np.stack(alone),
                             np.stack(masks), references))
     return scenes
-
-
-def draw_all(model, tokenizer, task, prompts, seed):
-    """-> uint8 (prompts, H, W, 3), by fifty, with the task's own guidance"""
-    guidance = {"cfg_image": TASKS[task].cfg_image, "cfg_text": TASKS[task].cfg_text}
-    parts = [draw(model, tokenizer, task, prompts[i:i + 50], seed=seed + i, **guidance)
-             for i in range(0, len(prompts), 50)]
-    return np.concatenate(parts)
 
 
 # ---- A label that chooses ---------------------------------------------------------------------------------

@@ -136,8 +136,9 @@ def main():
         model,
         tokenizer,
         make_optimizers(model, has_bf16(device), fused=device.type == "cuda"),
+        known={},
     )
-    shape = " x ".join(map(str, inputs[0].shape))
+    shape = " x ".join(map(str, inputs[0].shape[:2]))
     for compiled in (False, True)[: 1 + can_compile(device)]:
         net = parallel(model, device, compiled)
         seconds = fastest(lambda: train_step(run, net, [(inputs, coverage)], 1e-5), device)
@@ -149,12 +150,15 @@ def main():
         )
 
     model.eval()
-    task, n_patches = TASKS["subject-driven"], len(reference_patches(config))
+    task = TASKS["subject-driven"]
+    n_patches = len(reference_patches(config, task.sizes))
     reference = torch.randint(config.codebook_size, (n_patches, config.n_codebooks))
     prompt = (fill_prompt("subject-driven", ["dog"], "a small dog on the beach, on the left"), [reference])
     for n in (1, 8, 32):
         seconds = fastest(
-            lambda: generate(model, [prompt], n=n, cfg_image=task.cfg_image, cfg_text=task.cfg_text),
+            lambda: generate(
+                model, [prompt], task.sizes, n=n, cfg_image=task.cfg_image, cfg_text=task.cfg_text
+            ),
             device,
             times=3,
         )

@@ -15,10 +15,10 @@ import mentor
 from mentor import (
     BOI,
     BOS,
-    CODE,
     CONFIGS,
     EOI,
-    PAD,
+    HIDDEN,
+    PATCH,
     TASKS,
     Drawing,
     Mentor,
@@ -39,8 +39,9 @@ from tokenizer import BadInput, Tokenizer
 from train import MIXES
 
 CONFIG = CONFIGS["test"]
-N = CONFIG.n_codes
+N = CONFIG.n_patches
 COLD = (0,) * CONFIG.n_codebooks
+AS_IT_IS = (0,)  # the size at which these references enter
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +57,9 @@ def random_codes(seed=0, n_codebooks=CONFIG.n_codebooks, n=N):
 
 def outputs(model, pieces, references=(), target=None):
     """The last block's output at every token (T, n_embd)"""
-    ids, places = build_sequence(model.config, pieces, references, target)
-    x = model.embed(ids[None], places[None, :, 3:], model.code_table())
-    return model.hidden(x, rotary_table(places[None, :, :3], model.config))[0]
+    tokens = build_sequence(model.config, pieces, references, AS_IT_IS, target)[None]
+    x = model.embed(tokens, model.code_table())
+    return model.hidden(x, rotary_table(tokens[..., 1:4], model.config))[0]
 
 
 def prefix_logits(model, pieces, references=()):
@@ -76,31 +77,33 @@ def test_sequence_interleaves_text_and_images_in_prompt_order():
         random_codes(1),
         random_codes(2),
     )
-    ids, places = build_sequence(CONFIG, pieces, [reference], target)
+    tokens = build_sequence(CONFIG, pieces, [reference], AS_IT_IS, target)
+    ids = tokens[:, 0]
     the, cat, a, stop = (word_id(word) for word in ("the", "cat", "a", "."))
     before, after = [the, cat, word_id("in")], [stop, a, cat]
-    assert ids.tolist() == [BOS, *before, BOI, *[CODE] * N, EOI, *after, BOI, *[CODE] * (N - 1)]
-    assert torch.equal(places[ids == CODE][:, 3:], torch.cat((reference, target[:-1])))
-    assert torch.all(places[ids != CODE][:, 3:] == 0)
+    assert ids.tolist() == [BOS, *before, BOI, *[PATCH] * N, EOI, *after, BOI, *[PATCH] * (N - 1)]
+    assert torch.equal(tokens[ids == PATCH][:, 4:], torch.cat((reference, target[:-1])))
+    assert torch.all(tokens[ids != PATCH][:, 4:] == 0)
 
 
 def test_a_token_of_the_picture_differs_from_the_same_patch_of_a_reference_in_the_order_alone():
-    _, places = build_sequence(CONFIG, ["", ""], [random_codes(1)], random_codes(2))
-    reference, picture = places[2 : 2 + N, :3], places[-N:, :3]
+    tokens = build_sequence(CONFIG, ["", ""], [random_codes(1)], AS_IT_IS, random_codes(2))
+    reference, picture = tokens[2 : 2 + N, 1:4], tokens[-N:, 1:4]
     assert torch.equal(reference[:, 1:], picture[:, 1:])
     orders = reference[:, 0].unique(), picture[:, 0].unique()
     assert len(orders[0]) == len(orders[1]) == 1 and orders[1] > orders[0]
 
 
 def test_a_reference_at_a_second_size_stands_behind_the_first_with_an_order_of_its_own():
-    patches = reference_patches(CONFIG)
+    patches = reference_patches(CONFIG, (0, 1))
     reference = random_codes(1, n=len(patches))
-    ids, places = build_sequence(CONFIG, ["", "a"], [reference], random_codes(2))
-    shown = places[(ids == CODE) & (torch.arange(len(ids)) < len(ids) - N)]  # those of the reference
-    assert torch.equal(shown[:, 3:], reference)
-    assert torch.equal(shown[:, 1] * CONFIG.side + shown[:, 2], patches % N)
-    assert torch.equal(shown[:, 0], 2 + patches // N)
-    assert places[ids == EOI][0, 0] == 4 and places[ids == word_id("a")][0, 0] == 5
+    tokens = build_sequence(CONFIG, ["", "a"], [reference], (0, 1), random_codes(2))
+    ids = tokens[:, 0]
+    shown = tokens[(ids == PATCH) & (torch.arange(len(ids)) < len(ids) - N)]  # those of the reference
+    assert torch.equal(shown[:, 4:], reference)
+    assert torch.equal(shown[:, 2] * CONFIG.side + shown[:, 3], patches % N)
+    assert torch.equal(shown[:, 1], 2 + patches // N)
+    assert tokens[ids == EOI][0, 1] == 4 and tokens[ids == word_id("a")][0, 1] == 5
 
 
 def test_several_references_at_the_second_size_alone():
@@ -108,18 +111,18 @@ def test_several_references_at_the_second_size_alone():
     references = [random_codes(i, n=len(patches)) for i in (1, 2)]
     pieces = fill_prompt("multi-image", caption="a dog <image> on the left and a cat <image>, in space")
     assert pieces == ["a dog ", " on the left and a cat ", ", in space"]
-    ids, places = build_sequence(CONFIG, pieces, references, sizes=(1,))
-    shown = places[ids == CODE]
-    assert torch.equal(shown[:, 3:], torch.cat(references))
-    assert torch.equal(shown[:, 1] * CONFIG.side + shown[:, 2], torch.cat((patches, patches)))
-    orders = places[:, 0]
+    tokens = build_sequence(CONFIG, pieces, references, (1,))
+    shown = tokens[tokens[:, 0] == PATCH]
+    assert torch.equal(shown[:, 4:], torch.cat(references))
+    assert torch.equal(shown[:, 2] * CONFIG.side + shown[:, 3], torch.cat((patches, patches)))
+    orders = tokens[:, 1]
     assert torch.all(orders[1:] >= orders[:-1])  # in the order of the prompt
-    assert len(shown[:, 0].unique()) == 2
+    assert len(shown[:, 1].unique()) == 2
 
 
 def test_reference_patches_are_those_that_the_picture_fills():
     """On 8 x 8 patches a picture at two thirds reaches from patch 1.33 to 6.67."""
-    patches = reference_patches(CONFIGS["cpu"])
+    patches = reference_patches(CONFIGS["cpu"], (0, 1))
     assert patches[:64].tolist() == list(range(64)) and torch.equal(
         reference_patches(CONFIGS["cpu"], (0,)), patches[:64]
     )
@@ -136,15 +139,15 @@ def test_placeholder_written_by_a_user_stays_text():
 
 def test_text_that_does_not_fit_is_refused_with_the_words_that_do():
     room = CONFIG.block_size - 1 - N
-    assert len(build_sequence(CONFIG, ["é " * room], [], random_codes())[0]) == CONFIG.block_size
+    assert len(build_sequence(CONFIG, ["é " * room], [], AS_IT_IS, random_codes())) == CONFIG.block_size
     with pytest.raises(BadInput, match=f"{room + 2} words of text, and {room} fit"):
-        build_sequence(CONFIG, ["é " * room + "so, "], [])
+        build_sequence(CONFIG, ["é " * room + "so, "], [], AS_IT_IS)
 
 
 def test_words_of_any_script_have_rows_of_their_own():
     words = ["dog", "cat", "собака", "犬", "🐶", ".", "a", "don", "2", "glass", "bus", "dress"]
     ids = [word_id(word) for word in words]
-    assert len(set(ids)) == len(words) and not set(ids) & {BOS, BOI, EOI, PAD, CODE}
+    assert len(set(ids)) == len(words) and not set(ids) & {BOS, BOI, EOI, HIDDEN, PATCH}
     rows = [divmod(number, mentor.N_ROWS) for number in ids]
     assert all(5 <= row < mentor.N_ROWS for pair in rows for row in pair)
     assert len(rows) == len({frozenset(pair) for pair in rows})
@@ -156,7 +159,9 @@ def test_words_of_any_script_have_rows_of_their_own():
 
 def test_a_word_enters_as_the_sum_of_its_two_rows(model):
     first, second = divmod(word_id("dog"), mentor.N_ROWS)
-    entered = model.embed(torch.tensor([[word_id("dog")]]), torch.zeros(1, 1, 3).long(), model.code_table())
+    token = torch.zeros(1, 1, 4 + CONFIG.n_codebooks).long()
+    token[..., 0] = word_id("dog")
+    entered = model.embed(token, model.code_table())
     assert torch.equal(entered[0, 0], model.word_embedding.weight[[first, second]].sum(0))
 
 
@@ -168,8 +173,8 @@ def test_longest_sample_of_every_preset_fits_its_block():
     for task, config in itertools.product(TASKS, CONFIGS.values()):
         pieces = fill_prompt(task, [f"{label} {place}"], captions.get(task, longest))
         reference = torch.zeros(len(reference_patches(config, TASKS[task].sizes)), config.n_codebooks)
-        target = torch.zeros(config.n_codes, config.n_codebooks)
-        build_sequence(config, pieces, [reference] * (len(pieces) - 1), target, TASKS[task].sizes)
+        target = torch.zeros(config.n_patches, config.n_codebooks)
+        build_sequence(config, pieces, [reference] * (len(pieces) - 1), TASKS[task].sizes, target)
 
 
 def test_hidden_conditions_are_the_branches_that_guidance_compares():
@@ -268,7 +273,7 @@ def test_decoding_step_by_step_equals_the_full_forward_at_every_patch(n_codebook
     model = noisy_model(n_codebooks=n_codebooks)
     prompts = [(["The cat in ", ".\na cat"], [random_codes(1, n_codebooks)]), (["a cat"], [])]
     with torch.no_grad():
-        drawing = Drawing(model, prompts, 2, 0, (1.0,) * n_codebooks, 1.0, 1.0)
+        drawing = Drawing(model, prompts, AS_IT_IS, 2, 0, (1.0,) * n_codebooks, 1.0, 1.0)
         drawing.draw_patch()
         seen = [drawing.x.clone()]
         for _ in range(N - 1):
@@ -281,8 +286,8 @@ def test_decoding_step_by_step_equals_the_full_forward_at_every_patch(n_codebook
 
 def test_right_padding_changes_nothing(model):
     sequences = [
-        build_sequence(CONFIG, ["a cat"], [], random_codes(1)),
-        build_sequence(CONFIG, ["The cat in ", "."], [random_codes(3)], random_codes(2)),
+        build_sequence(CONFIG, ["a cat"], [], AS_IT_IS, random_codes(1)),
+        build_sequence(CONFIG, ["The cat in ", "."], [random_codes(3)], AS_IT_IS, random_codes(2)),
     ]
     target = torch.stack([random_codes(1), random_codes(2)])
     together = model(*pad_sequences(sequences, multiple=32), target)
@@ -300,7 +305,7 @@ def test_loss_is_the_cross_entropy_of_the_pictures_codes_alone(n_codebooks):
         for level in range(n_codebooks):
             logits = model.logits(x, target[:, :level], model.code_table())
             wanted.append(F.cross_entropy(logits, target[:, level], reduction="none"))
-        sequence = build_sequence(model.config, pieces, references, target)
+        sequence = build_sequence(model.config, pieces, references, AS_IT_IS, target)
         nats = model(*pad_sequences([sequence]), target[None])[0]
         assert torch.allclose(nats, torch.stack(wanted, -1), atol=1e-4)
 
@@ -332,7 +337,7 @@ def greedy(model, pieces, references):
 def test_guidance_of_one_is_the_conditional_model(model):
     prompt = (["The cat in ", ".\na cat"], [random_codes(1)])
     assert len(guidance_branches(*prompt, 1.0, 1.0)) == 1
-    assert torch.equal(generate(model, [prompt], temperatures=COLD)[0], greedy(model, *prompt))
+    assert torch.equal(generate(model, [prompt], AS_IT_IS, temperatures=COLD)[0], greedy(model, *prompt))
 
 
 def test_guidance_is_null_plus_two_differences(model):
@@ -342,7 +347,7 @@ def test_guidance_is_null_plus_two_differences(model):
     wanted = null + 3.0 * (image - null) + 2.0 * (full - image)
     got = sum(weight * prefix_logits(model, p, r) for weight, p, r in guidance_branches(*prompt, 3.0, 2.0))
     assert torch.allclose(got, wanted, atol=1e-3)
-    drawn = generate(model, [prompt], temperatures=COLD, cfg_image=3.0, cfg_text=2.0)
+    drawn = generate(model, [prompt], AS_IT_IS, temperatures=COLD, cfg_image=3.0, cfg_text=2.0)
     assert drawn[0, 0, 0] == wanted.argmax()
 
 
@@ -350,10 +355,11 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(model):
     """Eleven pictures of each prompt: two groups, and one place left over."""
     prompts = [(["a cat"], []), (["The dog in ", ".\na small dog"], [random_codes(1)])]
     how = {"cfg_image": 2.0, "cfg_text": 1.5}
-    together = generate(model, prompts, n=11, seed=5, **how)
+    together = generate(model, prompts, AS_IT_IS, n=11, seed=5, **how)
     assert together.shape == (22, N, CONFIG.n_codebooks)
     for i in (0, 7, 10, 11, 21):
-        assert torch.equal(together[i], generate(model, [prompts[i // 11]], seed=5 + i, **how)[0]), i
+        alone = generate(model, [prompts[i // 11]], AS_IT_IS, seed=5 + i, **how)
+        assert torch.equal(together[i], alone[0]), i
     assert not torch.equal(together[2], together[3])
 
 
@@ -370,7 +376,7 @@ def test_a_draw_follows_the_probabilities():
 
 def test_each_level_has_its_own_temperature(model):
     prompt = [(["a cat"], [])]
-    cold, mixed = (generate(model, prompt, temperatures=t) for t in (COLD, (0, 5.0, 0)))
+    cold, mixed = (generate(model, prompt, AS_IT_IS, temperatures=t) for t in (COLD, (0, 5.0, 0)))
     assert mixed[0, 0, 0] == cold[0, 0, 0] and not torch.equal(mixed[..., 1], cold[..., 1])
 
 
@@ -380,13 +386,13 @@ def test_drawing_in_bf16_is_close_and_leaves_the_model_as_it_was(model, monkeypa
     copied = mentor.drawing_copy(model)
     assert copied.blocks[0].mlp.fc.weight.dtype == torch.bfloat16
     with torch.no_grad():
-        ids, places, _ = pad_sequences([build_sequence(CONFIG, ["a cat"], [])])
+        tokens = build_sequence(CONFIG, ["a cat"], [], AS_IT_IS)[None]
         first = []
         for version in (model, copied):
-            x = version.embed(ids, places[..., 3:], version.code_table())
-            first.append(version.hidden(x, rotary_table(places[..., :3], CONFIG))[0, -1])
+            x = version.embed(tokens, version.code_table())
+            first.append(version.hidden(x, rotary_table(tokens[..., 1:4], CONFIG))[0, -1])
     assert F.cosine_similarity(*first, 0) > 0.99
-    assert generate(model, [(["a cat"], [])]).shape == (1, N, CONFIG.n_codebooks)
+    assert generate(model, [(["a cat"], [])], AS_IT_IS).shape == (1, N, CONFIG.n_codebooks)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
@@ -394,9 +400,9 @@ def test_an_exact_picture_is_the_same_in_every_batch_also_where_there_is_bf16(mo
     """sample.py draws so: the seventh of a grid can be drawn again alone."""
     monkeypatch.setattr(mentor, "has_bf16", lambda device: True)
     how = {"cfg_image": 2.0, "cfg_text": 2.0, "exact": True}
-    grid = generate(model, [(["a cat"], [])], n=9, seed=5, **how)
+    grid = generate(model, [(["a cat"], [])], AS_IT_IS, n=9, seed=5, **how)
     for i in (0, 6, 8):
-        assert torch.equal(grid[i], generate(model, [(["a cat"], [])], seed=5 + i, **how)[0])
+        assert torch.equal(grid[i], generate(model, [(["a cat"], [])], AS_IT_IS, seed=5 + i, **how)[0])
     assert mentor.drawing_copy(model, exact=True).blocks[0].mlp.fc.weight.dtype == torch.float32
 
 
@@ -408,11 +414,12 @@ def test_training_step_and_drawing_step_on_the_meta_device():
     """Meta tensors refuse to meet a CPU tensor, and to say a number: what passes here leaves no tensor behind
     on another device, and waits for none."""
     model = Mentor(CONFIG).to("meta")
-    sequence = pad_sequences([build_sequence(CONFIG, ["a"], [], random_codes())])
+    sequence = pad_sequences([build_sequence(CONFIG, ["a"], [], AS_IT_IS, random_codes())])
     model(*(x.to("meta") for x in sequence), random_codes()[None].to("meta")).mean().backward()
     assert all(p.grad.device.type == "meta" for p in model.parameters())
     with torch.no_grad():
-        drawing = Drawing(model, [(["The dog in ", "."], [random_codes()])], 3, 0, (0.6, 0, 0.1), 3.0, 2.0)
+        prompt = (["The dog in ", "."], [random_codes()])
+        drawing = Drawing(model, [prompt], AS_IT_IS, 3, 0, (0.6, 0, 0.1), 3.0, 2.0)
         drawing.draw_patch()
         drawing.step()
     assert drawing.codes.device.type == drawing.x.device.type == "meta"
@@ -422,7 +429,7 @@ def test_training_step_and_drawing_step_on_the_meta_device():
 def test_compiled_equals_eager(model, part):
     if part == "blocks":
         batch = (
-            *pad_sequences([build_sequence(CONFIG, ["a cat"], [], random_codes())]),
+            *pad_sequences([build_sequence(CONFIG, ["a cat"], [], AS_IT_IS, random_codes())]),
             random_codes()[None],
         )
         losses = [model(*batch)]
@@ -434,9 +441,9 @@ def test_compiled_equals_eager(model, part):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients))
     else:
         prompt = [(["a cat"], [])]
-        eager = generate(model, prompt, n=2, temperatures=COLD, cfg_image=2.0, cfg_text=2.0)
+        eager = generate(model, prompt, AS_IT_IS, n=2, temperatures=COLD, cfg_image=2.0, cfg_text=2.0)
         with torch.no_grad():
-            drawing = Drawing(model, prompt, 2, 0, COLD, 2.0, 2.0)
+            drawing = Drawing(model, prompt, AS_IT_IS, 2, 0, COLD, 2.0, 2.0)
             step = torch.compile(drawing.step, dynamic=False, fullgraph=True)  # no part of it needs Python
             drawing.draw_patch()
             for _ in range(N - 1):
