@@ -284,7 +284,7 @@ class Mentor(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.known = {"words": "", "backgrounds": []}  # from captions of training: train.known_text
+        self.known = {"words": "", "backgrounds": []}  # what training said (train.known_text)
         levels, K, C = config.n_codebooks, config.codebook_size, config.n_embd
         self.word_embedding = nn.Embedding(N_ROWS, C)
         self.code_embedding = nn.Parameter(torch.empty(levels, K, C))
@@ -350,7 +350,7 @@ class Mentor(nn.Module):
         x = self.embed(tokens, table)  # (B, T, n_embd)
         x = self.hidden(x, rotary_table(tokens[..., 1:4], self.config))
         N = target.shape[1]
-        last = lengths[:, None] - N + torch.arange(N, device=tokens.device)  # (B, N): they predict the picture
+        last = lengths[:, None] - N + torch.arange(N, device=tokens.device)  # (B, N): what predicts it
         x = x.gather(1, last[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)  # (B * N, n_embd)
         nats, codes = [], target.flatten(0, 1)  # (B * N, n_codebooks)
         for level in range(self.config.n_codebooks):

@@ -12,14 +12,12 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import itertools
 import os
 import re
 import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -94,18 +92,18 @@ def load_models(path, device):
     return model.to(device).eval(), tokenizer.to(device).eval()
 
 
+def widened(picture, margin):
+    """uint8 (H, W, 3) -> image, so many pixels wider on each side, where its edges go on"""
+    return Image.fromarray(np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge"))
+
+
 def at_sizes(config, task, picture):
     """A reference, uint8 (H, W, 3) -> a picture for each size at which it enters in this task: shrunk towards
-    the middle, its edges continued."""
+    the middle."""
     pictures = []
-    for index in TASKS[task].sizes:
-        if config.reference_sizes[index] == 1:
-            pictures.append(picture)
-            continue
-        margin = round(len(picture) * (1 / config.reference_sizes[index] - 1) / 2)
-        wider = np.arange(-margin, len(picture) + margin).clip(0, len(picture) - 1)
-        shrunk = Image.fromarray(picture[wider][:, wider]).resize(picture.shape[:2], Image.Resampling.BICUBIC)
-        pictures.append(np.asarray(shrunk))
+    for size in (config.reference_sizes[index] for index in TASKS[task].sizes):
+        wider = widened(picture, round(len(picture) * (1 / size - 1) / 2))  # at size 1 the picture itself
+        pictures.append(np.asarray(wider.resize(picture.shape[:2], Image.Resampling.BICUBIC)))
     return pictures
 
 
@@ -140,9 +138,8 @@ def frame_subjects(model, tokenizer, labels, pictures):
         if box is None:
             say(f"--ref: no {labels[i]} was found in it: it is shown as it is")
             continue
-        margin = len(picture)  # beyond the picture its edges go on
-        wider = Image.fromarray(np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge"))
-        resized = wider.resize((size, size), Image.Resampling.BICUBIC, margin + margin * box)
+        side = len(picture)
+        resized = widened(picture, side).resize((size, size), Image.Resampling.BICUBIC, side + side * box)
         framed[i] = np.asarray(resized)
     return framed
 
@@ -327,7 +324,7 @@ def run_script(main):
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
             raise
         message = str(error).strip().splitlines()[-1]  # (a worker wraps its error into a traceback)
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -470,7 +467,8 @@ def main():
     asked = {"cfg_image": args.cfg_image, "cfg_text": args.cfg_text}
     guidance = {name: scale for name, scale in asked.items() if scale is not None}  # else the task's
     labels = [clean_label(label) for label in args.label]  # as words were in training
-    caption, shown = clean_text(args.prompt), list(itertools.zip_longest([*args.example, *args.ref], labels))
+    caption, files = clean_text(args.prompt), [*args.example, *args.ref]
+    shown = list(zip(files, labels or [""] * len(files)))
     say_unknown(model.known, labels, caption)
     if task == "multi-image":
         caption, order = name_references(labels, caption)

@@ -1,7 +1,7 @@
 """Trains everything: stage 0 the image tokenizer, stage 1 multimodal alignment, stage 2 multimodal
 instruction.
 
-    python train.py --stage 1                        the tokenizer first, if out/ has none
+    python train.py --stage 1                        the tokenizer first, where out/ has none, or part of one
     python train.py --stage 2                        starts from out/stage1.pt
     python train.py --stage 1 --data my_folder       your own cut-outs
     python train.py --stage 2 --show                 a sheet of what this run would learn from, no training
@@ -36,26 +36,28 @@ from mentor import CONFIGS, TASKS, Config, Mentor, words_of
 from sample import (Parser, add_device_flag, any_process, at_least, collate, evaluate, export, fill_codes,
                     follow_main, load_checkpoint, rank, run_script, save_checkpoint, save_samples,
                     say, stop_signals, world)
-from tokenizer import BadInput, Tokenizer, autocast, emoji_font, from_bytes, has_bf16, whole_file
+from tokenizer import BadInput, Tokenizer, autocast, emoji_font, from_bytes, has_bf16
 
 # Per stage 0, 1, 2: optimizer steps, samples a step (pictures, in stage 0), peak learning rate. micro_batch:
-# how many sequences go through the transformer at once; it changes memory and speed, never the result.
+# how many sequences go through the transformer at once, for memory and speed; the gradient is that of all.
 SCHEDULES = {
     "test": dict(steps=(150, 80, 80), batch_size=(32, 16, 16), lr=(2e-3, 1.2e-2, 6e-3), micro_batch=16),
     "cpu": dict(steps=(6000, 600, 12600), batch_size=(32, 16, 16), lr=(2e-3, 4e-3, 3e-3), micro_batch=4),
-    # Ten minutes of an H100, as the shipped model had them.
+    # Ten minutes of an H100.
     "cpu on cuda": dict(steps=(2350, 730, 5900), batch_size=(128, 128, 160), lr=(2e-3, 4e-3, 3.5e-3),
                         micro_batch=80),
     "gpu": dict(steps=(50000, 60000, 60000), batch_size=(256,) * 3, lr=(1e-3, 1e-3, 5e-4), micro_batch=64),
 }
 MIXES = {  # share of each task in a stage
-    0: {"segmentation": 0.35, "recovery": 0.15, "subject-driven": 0.5},  # every kind of picture, two a sample
+    # Stage 0 sees every kind of picture. Each task of it has one reference: a sample has two pictures.
+    0: {"segmentation": 0.35, "recovery": 0.15, "subject-driven": 0.5},
     1: {"text-to-image": 0.28, "reconstruction": 0.07, "segmentation": 0.65},  # the paper's
     # The paper has .46, -, .115, .115, .31. At this scale a stage without reconstruction forgets to copy: in
     # a prototype its held-out loss rose from 1.3 to 3.0.
     2: {"text-to-image": 0.18, "reconstruction": 0.03, "segmentation": 0.24, "recovery": 0.03,
         "subject-driven": 0.27, "multi-image": 0.13, "in-context": 0.12},
 }
+PLAIN_MIX = {"text-to-image": 1.0}  # stage 0 of a folder with pictures that are no cut-outs: one a sample
 HELD_OUT = 3  # besides the stages 0, 1, 2: the stream of held-out samples, the same in all of them
 CHECKPOINTS = ("tokenizer.pt", "stage1.pt", "stage2.pt")
 
@@ -71,8 +73,9 @@ def learning_rate(step, steps, peak):
 
 
 def make_optimizers(model, bf16, fused):
-    """Muon on the blocks' matrices, AdamW on all else (embeddings, codebooks, gains, ...). torch's Muon works
-    in bf16: where the hardware does not multiply it, AdamW takes the matrices, too."""
+    """Muon on the matrices of the blocks (the tokenizer's, too) and the level MLPs, AdamW on all else:
+    embeddings, codebooks, gains, ... torch's Muon works in bf16: where the hardware does not multiply it,
+    AdamW takes the matrices, too."""
     hidden, decay, plain = [], [], []
     for name, parameter in model.named_parameters():
         in_block = ".conv" in name or name.startswith(("blocks.", "level_mlps."))
@@ -105,6 +108,7 @@ def accumulate(net, inputs, device):
         with contextlib.nullcontext() if exchanges else net.no_sync():
             with autocast(device):
                 result = net(*arguments)
+            # Of the transformer nats (B, N, n_codebooks); of the tokenizer its loss, and codes and z besides.
             loss, *extra = result if isinstance(result, tuple) else (result,)
             weighed = loss if coverage is None else weigh(loss, coverage)
             (weighed / len(inputs)).backward()
@@ -128,15 +132,19 @@ def train_step(run, net, inputs, lr):
 
 # ---- The parts of a run -----------------------------------------------------------------------------------
 
-@functools.cache  # (each stage of a command asks)
+@functools.cache  # each stage of a command asks
 def load_sources(sources, backgrounds, out):
-    """-> subjects, backgrounds"""
+    """-> subjects, backgrounds; says what there is. Raises BadInput where there is nothing to learn from."""
     out_folder = os.path.join(os.path.realpath(out), "")
     for folder in f"{sources or ''},{backgrounds or ''}".split(","):
         if folder and out_folder.startswith(os.path.join(os.path.realpath(folder), "")):
             raise BadInput(f"--out {out} lies in {folder}, and what is written there would be "
                            "trained on: give another --out")
-    return load_subjects(sources), load_subjects(backgrounds) if backgrounds else ()
+    loaded = load_subjects(sources), load_subjects(backgrounds) if backgrounds else ()
+    for name, pictures in zip(("data", "backgrounds"), loaded):
+        if pictures:
+            say(f"{name}: {pictures.report}")
+    return loaded
 
 
 def known_text(subjects, backgrounds):
@@ -152,12 +160,9 @@ def known_text(subjects, backgrounds):
 def make_datasets(plan, args):
     """-> what the stage learns from, and task -> held-out samples of it"""
     subjects, backgrounds = load_sources(args.data, args.backgrounds, args.out)
-    say(f"stage {plan.stage}: {subjects.report}")
-    if backgrounds:
-        say(f"backgrounds: {backgrounds.report}")
     size, mix = plan.config.image_size, plan.mix
     if plan.stage == 0 and not subjects.table["has_cutout"].all():
-        mix = {"text-to-image": 1.0}  # its targets show plain pictures, too
+        mix = PLAIN_MIX
     tasks = mix if plan.stage else list(mix)[-1:]  # the tokenizer looks at scenes: one task shows them
     held_out = {task: Tasks(subjects, {task: 1.0}, size, (args.seed, HELD_OUT), False, backgrounds)
                 for task in tasks}
@@ -174,14 +179,14 @@ def parse_mix(text):
         try:
             mix[task] = float(share)
         except ValueError:
-            raise BadInput(f"--mix: {item!r} is not a share (write {task}=0.5)") from None
+            mix[task] = math.nan
     if not all(0 <= share < math.inf for share in mix.values()) or sum(mix.values()) == 0:
-        raise BadInput(f"--mix {text}: shares must be numbers from 0 up, and not all 0")
+        raise BadInput(f"--mix {text}: shares must be numbers from 0 up, and not all 0 (write {task}=0.5)")
     return {task: mix[task] / sum(mix.values()) for task in TASKS if mix.get(task)}
 
 
 class Plan(NamedTuple):
-    """One stage of a run, decided before it starts."""
+    """One stage of a run, as the flags say."""
     stage: int
     config: Config
     device: torch.device
@@ -192,34 +197,28 @@ class Plan(NamedTuple):
     mix: dict
     settings: dict    # what a run that goes on must have in common
     out: str
-
-    @property
-    def path(self):  # of the checkpoint
-        return os.path.join(self.out, CHECKPOINTS[self.stage])
-
-    @property
-    def sheet(self):  # of what it draws of held-out subjects
-        return os.path.join(self.out, f"stage{self.stage}.png")
+    path: str         # of the checkpoint
+    sheet: str        # of what it draws of held-out subjects
 
 
 def make_plan(stage, args, device):
     """Raises BadInput if the batches do not come out even."""
     schedule = SCHEDULES.get(f"{args.preset} on {device.type}", SCHEDULES[args.preset])
     batch_size = args.batch_size or schedule["batch_size"][stage]
-    mine = batch_size // world()
-    # Stage 0 takes all at once, and both pictures of a sample.
-    micro_batch = max(2, mine) if stage == 0 else max(1, min(mine, schedule["micro_batch"]))
-    if mine * world() != batch_size or mine % micro_batch or (stage == 0 and mine % 2):
-        multiple = world() * (2 if stage == 0 else micro_batch)
+    micro_batch = max(1, min(batch_size // world(), schedule["micro_batch"]))
+    # Stage 0 takes all of a process at once, and both pictures of a sample.
+    multiple, unit = (world() * 2, "pairs") if stage == 0 else (world() * micro_batch, "micro-batches")
+    if batch_size % multiple:
         hint = "; --stage 0 takes a --batch-size of its own" if stage == 0 else ""
         raise BadInput(f"stage {stage}, --batch-size {batch_size}: give a multiple of {multiple} "
-                       f"({world()} processes, micro-batches of {micro_batch}){hint}")
+                       f"({world()} processes, each whole {unit}){hint}")
     steps, mix = args.steps or schedule["steps"][stage], args.mix if args.mix and stage else MIXES[stage]
     settings = {"preset": args.preset, "data": args.data or ("emoji" if emoji_font() else "shapes"),
                 "backgrounds": args.backgrounds, "mix": mix, "steps": steps, "batch_size": batch_size,
                 "seed": args.seed, "bf16": has_bf16(device)}  # bf16 decides the optimizers
     return Plan(stage, CONFIGS[args.preset], device, steps, batch_size, micro_batch, schedule["lr"][stage],
-                mix, settings, args.out)
+                mix, settings, args.out, os.path.join(args.out, CHECKPOINTS[stage]),
+                os.path.join(args.out, f"stage{stage}.png"))
 
 
 @dataclasses.dataclass
@@ -301,7 +300,7 @@ def stack_pictures(samples):
 def make_loader(run, dataset, n_workers):
     """Batches of the steps to come, composed and laid out by workers."""
     plan = run.plan
-    pictures_a_sample = 2 if plan.stage == 0 and "text-to-image" not in dataset.mix else 1
+    pictures_a_sample = 2 if dataset.mix == MIXES[0] else 1
     n = plan.batch_size // pictures_a_sample
     indices = [range(step * n + rank(), (step + 1) * n, world()) for step in range(run.step, plan.steps)]
     to_parts = functools.partial(collate, plan.config, plan.micro_batch) if plan.stage else stack_pictures
@@ -425,12 +424,12 @@ def train(stage, args, device):
         sys.exit(130)
 
 
-def show(stage, args, device, n=6):
-    """A sheet of the first n samples of each task that this very run would learn from."""
+def show(stage, args, device):
+    """A sheet of the first six samples of each task that this very run would learn from."""
     plan = make_plan(stage, args, device)
     dataset, _ = make_datasets(plan, args)
     samples = [dataset[i] for i in range(500)]
-    rows = {task: ([sample for sample in samples if sample.task == task][:n], None) for task in dataset.mix}
+    rows = {task: ([sample for sample in samples if sample.task == task][:6], None) for task in dataset.mix}
     path = os.path.join(args.out, f"stage{stage}-samples.png")
     save_samples({task: row for task, row in rows.items() if row[0]}, path)
     print(f"wrote {path}: {dataset.subjects.table['held_out'].sum()} images are held out")
@@ -442,7 +441,8 @@ def parse_args():
     parser.add_argument("--stage", type=int, choices=(0, 1, 2), help="tokenizer, alignment, instruction")
     parser.add_argument("--preset", choices=CONFIGS, default="gpu" if has_cuda else "cpu",
                         help="model, image size and schedule")
-    parser.add_argument("--data", help="emoji, shapes or a folder; several with commas (default: emoji)")
+    parser.add_argument("--data", help="emoji, shapes or a folder; several with commas (default: emoji, or "
+                                       "without such a font shapes)")
     parser.add_argument("--backgrounds", metavar="DIR",
                         help="photographs to place subjects on, named by a .txt beside, file or folder")
     parser.add_argument("--mix", type=parse_mix, metavar="TASK=SHARE,...", help="tasks of stage 1 or 2")
@@ -454,7 +454,8 @@ def parse_args():
     parser.add_argument("--out", default="out", help="for checkpoints, sheets and the log (default: out)")
     add_device_flag(parser)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="torch.compile (default: where it works, save for --preset test)")
+                        help="torch.compile, of stages 1 and 2 (default: where it works, save for --preset "
+                             "test)")
     parser.add_argument("--show", action="store_true", help="a sheet of what this run would learn from")
     parser.add_argument("--export", metavar="FILE", help="write the stage 2 of --out, in half precision")
     return parser.parse_args()
@@ -480,9 +481,8 @@ def main():
         raise BadInput(f"{args.out}: no such folder, and none can be made ({error.strerror})") from error
     if args.show:
         return show(args.stage, args, device)
-    plan = make_plan(args.stage, args, device)  # says now what is wrong, not after half an hour
     if args.stage == 1:
-        make_datasets(plan, args)
+        make_datasets(make_plan(1, args, device), args)  # what is wrong is said now, not after the tokenizer
         path = os.path.join(args.out, CHECKPOINTS[0])
         begun = checked(path, CONFIGS[args.preset], 0) if os.path.exists(path) else None
         if begun is None or begun["step"] < begun["settings"]["steps"]:

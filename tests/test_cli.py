@@ -292,6 +292,7 @@ def test_show_writes_a_sheet_of_what_a_run_would_learn_from(tmp_path, monkeypatc
         (2, mine),
         (2, ("--data", "shapes", "--mix", "recovery=1")),
     ):
+        train.load_sources.cache_clear()  # each is a command of its own
         code, err, out = call(monkeypatch, capsys, train.main, "--stage", stage, *toy, *args)
         assert code == 0 and "subjects" in "".join(err) and "are held out" in out
         heights.append(Image.open(tmp_path / "out" / f"stage{stage}-samples.png").height)
