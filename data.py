@@ -107,7 +107,7 @@ def file_subject(root, line):
     has_mask, label = mask != path, clean_label(str(record.get("label") or text)) or clean_label(text)
     subject = Subject(f"{root.resolve().name}/{name}", label, "file", str(path), str(mask) * has_mask,
                       is_cutout(path) or has_mask, text, record.get("split") or "")
-    json.dumps(subject, ensure_ascii=False).encode()  # names that are not Unicode cannot be kept
+    json.dumps(subject, ensure_ascii=False).encode()  # raises where its name is not Unicode
     return subject
 
 
@@ -130,7 +130,7 @@ def folder_subjects(folder, skipped):
         yield subject
 
 
-@functools.lru_cache(maxsize=4000)  # at 80 px, as the cpu preset has it, 100 MB
+@functools.lru_cache(maxsize=4000)  # at 64 px, as the cpu preset has it, 65 MB at most
 def cutout(subject, size=256):
     """The subject's pixels, cropped to its mask -> RGBA image, at most `size` a side. Raises BadInput."""
     image = {"emoji": draw_emoji, "shapes": draw_shape, "file": read_image}[subject.source](subject.path)
@@ -142,8 +142,8 @@ def cutout(subject, size=256):
         raise BadInput(f"{subject.path}: no cut-out any more (has the file changed?)")
     alpha = image.getchannel("A").point(lambda v: 255 * (v > 127))
     if len(alpha.getcolors()) < 2:
-        what = "is empty" if alpha.getbbox() is None else "hides nothing: this is no cut-out"
-        raise BadInput(f"{subject.path}: its {'mask' if subject.mask else 'alpha'} {what}")
+        where = "mask" if subject.mask else "alpha"
+        raise BadInput(f"{subject.path}: its {where} is empty, or hides nothing: this is no cut-out")
     image = image.crop(alpha.getbbox())
     image.thumbnail((size, size), reducing_gap=3)
     return image
@@ -272,7 +272,7 @@ def write_caption(rng, things, background, mark=""):
         phrases.append(f"{thing} {place}".strip())
     named = " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
     wordings = [f"{background}, {named}", f"{named}, {background}"]
-    if len(things) == 1:
+    if len(things) == 1:  # then it is the thing, and this is its place
         wordings.insert(0, f"{thing} {background}, {place}")
     return wordings[rng.integers(len(wordings))].strip(" ,")
 
@@ -416,8 +416,8 @@ class Tasks:
         """The references are an example, before and after, and a query; the target is what comes after it."""
         operation, turn, pictures = str(rng.choice(OPERATIONS)), int(rng.integers(32, 224)), []
         behind, _, *names = self.background(rng)
-        for number in (self.different(i, 2, rng)[-1], i):
-            scene, parts, name = self.scene([number], [self.sprite(number, rng)], rng, 0.0, names, True)
+        for j in (self.different(i, 2, rng)[-1], i):  # the example's picture, then the query
+            scene, parts, name = self.scene([j], [self.sprite(j, rng)], rng, 0.0, names, any_ground=True)
             (alone, mask, _), = parts
             names.append(name)
             after = operate(operation, scene.target, np.asarray(alone), mask, np.asarray(behind), turn)

@@ -84,7 +84,8 @@ def clean_text(text, limit=None):
 def clean_label(text):
     """The same as the name of a thing: no article, at most MAX_LABEL words, and where it stands."""
     text = clean_text(re.sub(r"^\s*(an?|the)\s+", "", text, flags=re.I))
-    name, place = re.fullmatch("(.*?)((?: (?:on|at) the (?:top |bottom |)(?:left|right))?)", text).groups()
+    where = " (?:on the|at the top|at the bottom) (?:left|right)"
+    name, place = re.fullmatch(f"(.*?)((?:{where})?)", text).groups()
     return clean_text(name, MAX_LABEL) + place
 
 

@@ -486,15 +486,14 @@ def psnr(a, b):
 
 
 @torch.no_grad()
-def quality(tokenizer, pictures, sheet=None):
+def quality(tokenizer, pictures, sheet):
     """How well pictures (uint8 (H, W, 3) each) survive: dict(psnr: in dB, codes: how many of each codebook
-    occur in them). sheet: a PNG of the first 24, before and after."""
+    occur in them). sheet: where to write a PNG of the first 24, before and after."""
     images = to_images(pictures, tokenizer.codebooks.device)
     codes = tokenizer.encode(images)
     drawn = tokenizer.decode(codes)
-    if sheet:
-        cells = [("", pair) for pair in zip(pictures, to_arrays(drawn[:24]))]
-        rows = [cells[i:i + 6] for i in range(0, len(cells), 6)]
-        save_sheet([("picture, through the tokenizer", row) for row in rows], sheet)
+    cells = [("", pair) for pair in zip(pictures, to_arrays(drawn[:24]))]
+    rows = [cells[i:i + 6] for i in range(0, len(cells), 6)]
+    save_sheet([("picture, through the tokenizer", row) for row in rows], sheet)
     used = [len(level.unique()) for level in codes.unbind(-1)]
     return {"psnr": round(psnr(drawn, images), 2), "codes": used}

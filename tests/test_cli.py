@@ -318,7 +318,8 @@ def test_show_writes_a_sheet_of_what_a_run_would_learn_from(tmp_path, monkeypatc
 
 def readme_commands():
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    joined = [block.replace("\\\n", "") for block in blocks]  # a command over two lines is one
+    lines = [line.split("  #")[0].strip() for block in joined for line in block.splitlines()]
     return [line for line in lines if re.match(r"python (train|sample|mentor)\.py", line)]
 
 

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 
 TOWER = ("tokenizer", "mentor", "data", "sample", "train")  # each may import those before it
+PAGES = (ROOT / "README.md", ROOT / "tests/README.md")
 FILES = [*(ROOT / f"{name}.py" for name in TOWER), *sorted((ROOT / "tests").glob("*.py"))]
 
 
@@ -20,6 +21,12 @@ def test_imports_point_down(name):
             taken.add(node.module)
     assert not taken & set(TOWER[TOWER.index(name) :])
     assert taken & set(TOWER) or name == "tokenizer"  # the test sees imports where there are some
+
+
+@pytest.mark.parametrize("path", PAGES, ids=["README", "tests/README"])
+def test_width_of_pages(path):
+    wide = [f"{i}: {line}" for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110]
+    assert wide == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
