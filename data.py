@@ -91,22 +91,22 @@ def folder_records(root):
 
 def file_subject(root, line):
     """A line of folder_records -> Subject. Raises whatever is wrong with it."""
-    record = json.loads(line)
-    path, mask = root / record["file_name"], root / (record.get("mask") or record["file_name"])
+    record = {name: value for name, value in json.loads(line).items() if value not in (None, "")}
+    path, mask = root / record["file_name"], root / record.get("mask", record["file_name"])
     if any(os.path.relpath(file, root).split(os.sep)[0] == ".." for file in (path, mask)):
         raise ValueError("leads out of the folder")
     mirrored = path.with_name(path.name.replace("_mirror", ""))  # owl_mirror.png is a view of owl.png
     original = mirrored if mirrored.is_file() else path
     sidecar = original.with_suffix(".txt")
-    text = str(record.get("text") or (sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""))
-    text = text or str(record.get("label") or "") or code_point_label(original)
+    text = sidecar.read_text("utf-8", "replace") if sidecar.is_file() else str(record.get("label", ""))
+    text = str(record.get("text", text)) or code_point_label(original)
     file_or_class = original.stem if path.parent == root else path.parent.name
     text = clean_text(text, MAX_CAPTION) or clean_text(file_or_class, MAX_CAPTION)
     subject_id = record.get("subject_id")
     name = original.relative_to(root).as_posix() if subject_id is None else f"subject_id {subject_id}"
-    has_mask, label = mask != path, clean_label(str(record.get("label") or text)) or clean_label(text)
+    has_mask, label = mask != path, clean_label(str(record.get("label", text)))[0] or clean_label(text)[0]
     subject = Subject(f"{root.resolve().name}/{name}", label, "file", str(path), str(mask) * has_mask,
-                      is_cutout(path) or has_mask, text, record.get("split") or "")
+                      is_cutout(path) or has_mask, text, record.get("split", ""))
     json.dumps(subject, ensure_ascii=False).encode()  # raises where its name is not Unicode
     return subject
 
@@ -184,8 +184,15 @@ class Subjects:
         return [view for view in views if view != i and has_cutout[view]]
 
 
-def scan(sources):
-    """Looks through the sources -> Subjects. Raises BadInput."""
+def load_subjects(sources=None):
+    """`emoji`, `shapes`, a folder, or several with commas -> Subjects. None: emoji, or else shapes. Raises
+    BadInput."""
+    if sources is None and emoji_font() is None:
+        print(f"{NO_EMOJI}: using --data shapes", file=sys.stderr)
+        sources = "shapes"
+    sources = [source for source in (sources or "emoji").split(",") if source]
+    if len({Path(source).resolve().name for source in sources}) < len(sources):
+        raise BadInput(f"{','.join(sources)}: two sources of one name: rename one folder")
     numbers, labels, rows, skipped, lines = {}, set(), [], [], bytearray()
     for source in sources:
         before, builtin = len(rows), {"emoji": emoji_subjects, "shapes": shape_subjects}.get(source)
@@ -209,17 +216,6 @@ def scan(sources):
     return Subjects(lines, table, report)
 
 
-def load_subjects(sources=None):
-    """`emoji`, `shapes`, a folder, or several with commas -> Subjects. None: emoji, or else shapes."""
-    if sources is None and emoji_font() is None:
-        print(f"{NO_EMOJI}: using --data shapes", file=sys.stderr)
-        sources = "shapes"
-    sources = [source for source in (sources or "emoji").split(",") if source]
-    if len({Path(source).resolve().name for source in sources}) < len(sources):
-        raise BadInput(f"{','.join(sources)}: two sources of one name: rename one folder")
-    return scan(sources)
-
-
 # ---- Scenes: subjects somewhere on a background -----------------------------------------------------------
 
 SIZES = {"": 0.75, "small": 0.5}  # word: side of the subject's box, as a share of the canvas
@@ -238,7 +234,7 @@ def named_placement(size, place):
     return Placement(SIZES[size], PLACES[place], 0.5 if size == "" else 0.75)
 
 
-AS_GIVEN = Placement(0.75, 0.5, 0.5)  # how a reference is best given: the subject large, in the middle
+AS_GIVEN = named_placement("", "")  # how a reference is best given: the subject large, in the middle
 # Where several subjects stand: two side by side, or up to four in the quarters, each in whole patches.
 SIDES = {place: named_placement("small", place) for place in ("on the left", "on the right")}
 QUARTERS = {f"at the {row} {column}": Placement(0.5, x, y)
@@ -459,7 +455,8 @@ class Tasks:
                 picture = pictures[indices[rng.integers(len(indices))]]
                 if picture.path not in other_than:
                     image = open_square(picture.path, self.size, rng if any_ground else None)
-                    return image, clean_text(picture.caption, MAX_BACKGROUND), picture.path
+                    words = picture.caption if pictures is self.backgrounds else ""  # or the name of a thing
+                    return image, clean_text(words, MAX_BACKGROUND), picture.path
         if any_ground and rng.uniform() < 0.65:
             number = int(rng.integers(N_GROUNDS))
             other = self.subjects[self.cutouts[zlib.crc32(b"%d" % number) % len(self.cutouts)]]

@@ -36,7 +36,8 @@ class Config:
     n_head: int = 4
     n_embd: int = 256
     block_size: int = 352       # longest sequence, in tokens: words, references and picture together
-    reference_sizes: tuple = (1.0, 2 / 3)  # a reference enters as it is, so much smaller, or both: Task.sizes
+    # A reference enters as it is, so much smaller, or both (Task.sizes): as data.SIZES has big and small.
+    reference_sizes: tuple = (1.0, 2 / 3)
 
     @property
     def side(self):  # patches a side of an image
@@ -59,12 +60,14 @@ CONFIGS = {
 # begin of sequence, begin and end of an image, a patch that is hidden, and one that is not, by its codes.
 N_ROWS = 4096
 BOS, BOI, EOI, HIDDEN, PATCH = range(0, 5 * (N_ROWS + 1), N_ROWS + 1)
+ID, POSITION, CODES = 0, slice(1, 4), slice(4, None)  # the columns of a token; position: order, row, column
 WORD = re.compile(r"\w+|[^\w\s]")  # or sign
 MAX_LABEL, MAX_BACKGROUND, MAX_CAPTION = 5, 8, 20  # words
 
 
 def words_of(text):
-    """Its words and signs in small letters. dogs is dog, and an is a: known in one form, known in both."""
+    """Its words and signs in small letters, a final s dropped, so that dogs are dog (foxes become foxe); an
+    is a."""
     return ["a" if word == "an" else re.sub("(?<=..[^s])s$", "", word) for word in WORD.findall(text.lower())]
 
 
@@ -82,11 +85,12 @@ def clean_text(text, limit=None):
 
 
 def clean_label(text):
-    """The same as the name of a thing: no article, at most MAX_LABEL words, and where it stands."""
+    """What names a thing -> its name, without an article, at most MAX_LABEL words, and where it stands among
+    several: ("cat", " on the left"), or ("cat", "")"""
     text = clean_text(re.sub(r"^\s*(an?|the)\s+", "", text, flags=re.I))
     where = " (?:on the|at the top|at the bottom) (?:left|right)"
     name, place = re.fullmatch(f"(.*?)((?:{where})?)", text).groups()
-    return clean_text(name, MAX_LABEL) + place
+    return clean_text(name, MAX_LABEL), place
 
 
 # ---- The tasks --------------------------------------------------------------------------------------------
@@ -152,7 +156,7 @@ def build_sequence(config, pieces, references, sizes, target=None):
     tokens = []
     def add(ids, order, patches=0, codes=0):
         rows = np.zeros((len(ids), 4 + config.n_codebooks), int)
-        rows[:, 0], rows[:, 1], rows[:, 2:4], rows[:, 4:] = ids, order, patches, codes
+        rows[:, ID], rows[:, 1], rows[:, 2:4], rows[:, CODES] = ids, order, patches, codes
         tokens.append(rows)
 
     grid = np.indices((config.side, config.side)).reshape(2, -1).T  # (N, 2): row, column
@@ -324,7 +328,7 @@ class Mentor(nn.Module):
 
     def embed(self, tokens, table):
         """(B, T, 4 + n_codebooks) -> (B, T, n_embd): text by its id, patches by their codes."""
-        ids, codes = tokens[..., 0], tokens[..., 4:]
+        ids, codes = tokens[..., ID], tokens[..., CODES]
         text = self.word_embedding(ids // N_ROWS) + self.word_embedding(ids % N_ROWS)
         return torch.where((ids == PATCH)[..., None], self.sum_codes(codes, table), text)
 
@@ -349,7 +353,7 @@ class Mentor(nn.Module):
         without padding, target and result (B, N, n_codebooks)."""
         table = self.code_table()
         x = self.embed(tokens, table)  # (B, T, n_embd)
-        x = self.hidden(x, rotary_table(tokens[..., 1:4], self.config))
+        x = self.hidden(x, rotary_table(tokens[..., POSITION], self.config))
         N = target.shape[1]
         last = lengths[:, None] - N + torch.arange(N, device=tokens.device)  # (B, N): what predicts it
         x = x.gather(1, last[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)  # (B * N, n_embd)
@@ -434,20 +438,18 @@ class Drawing:
         causal = torch.full((T, S), -torch.inf, dtype=dtype, device=device).triu(1)
         caches = [KVCache(k, v, torch.arange(T, device=device), causal) for k, v in zip(keys, values)]
         x = model.embed(tokens, self.table)
-        x = model.hidden(x, rotary_table(tokens[..., 1:4], config), caches)[last]  # (B, n_embd)
+        x = model.hidden(x, rotary_table(tokens[..., POSITION], config), caches)[last]  # (B, n_embd)
 
         # From here on a row is a group of pictures in a branch.
         self.x = x.repeat_interleave(n_groups * self.G, 0)  # (rows * G, n_embd): what predicts the next patch
         grid = torch.cartesian_prod(*[torch.arange(config.side, device=device)] * 2)  # (N, 2)
         order = tokens[last][:, None, 1:2].expand(-1, N, -1)  # (B, N, 1)
         positions = torch.cat((order, grid.expand(B, -1, -1)), 2)  # (B, N, 3)
-        positions = positions.repeat_interleave(n_groups, 0)  # (rows, N, 3)
-        self.rotary = rotary_table(positions, config)  # (rows, 1, N, head_dim) each
+        self.rotary = rotary_table(positions.repeat_interleave(n_groups, 0), config)  # (rows, 1, N, head_dim)
         self.slots = T + N * torch.arange(self.G, device=device)
-        unseen = torch.arange(S, device=device) >= lengths[:, None]  # (B, S)
-        mask = torch.zeros(B, S, dtype=dtype, device=device).masked_fill(unseen, -torch.inf)
-        mask = mask[:, None, None].repeat(1, 1, self.G, 1)
-        self.mask = mask.repeat_interleave(n_groups, 0)  # (rows, 1, G, S)
+        unseen = torch.arange(S, device=device) >= lengths.repeat_interleave(n_groups)[:, None]  # (rows, S)
+        self.mask = torch.zeros(len(unseen), 1, self.G, S, dtype=dtype, device=device)
+        self.mask.masked_fill_(unseen[:, None, None], -torch.inf)
         self.caches = [KVCache(k.repeat_interleave(n_groups, 0), v.repeat_interleave(n_groups, 0), self.slots,
                                self.mask) for k, v in zip(keys, values)]
 

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import AS_GIVEN, IMAGE_ENDINGS, PLACES, QUARTERS, Subject, compose, cutout
-from mentor import (HIDDEN, TASKS, TEMPERATURES, Config, Mentor, build_sequence, clean_label, clean_text,
-                    fill_prompt, generate, hide_condition, pad_sequences, reference_patches, words_of)
+from mentor import (CODES, HIDDEN, ID, TASKS, TEMPERATURES, Config, Mentor, build_sequence, clean_label,
+                    clean_text, fill_prompt, generate, hide_condition, pad_sequences, reference_patches,
+                    words_of)
 from tokenizer import (BadInput, Tokenizer, autocast, from_bytes, open_square, quality, read_image,
                        save_sheet, to_arrays, to_images, whole_file)
 
@@ -112,16 +113,16 @@ def draw(model, tokenizer, task, prompts, **how):
     """prompts: list of (pieces, references): the texts around the references, and these, uint8 (H, W, 3).
     how: as mentor.generate takes it; guidance is the task's where it is not given -> uint8
     (len(prompts) * n, H, W, 3). Raises BadInput: too long."""
-    _, cfg_image, cfg_text, _, sizes = TASKS[task]
+    about = TASKS[task]
 
     def encode(reference):  # -> codes (patches, n_codebooks)
         pictures = to_images(at_sizes(model.config, task, reference), model.head_gain.device)
         codes = tokenizer.encode(pictures)  # (sizes, N, n_codebooks)
-        return codes.flatten(0, 1)[reference_patches(model.config, sizes)]
+        return codes.flatten(0, 1)[reference_patches(model.config, about.sizes)]
 
     encoded = [(pieces, [encode(reference) for reference in references]) for pieces, references in prompts]
-    how = {"cfg_image": cfg_image, "cfg_text": cfg_text, **how}
-    return to_arrays(tokenizer.decode(generate(model, encoded, sizes, **how)))
+    how = {"cfg_image": about.cfg_image, "cfg_text": about.cfg_text, **how}
+    return to_arrays(tokenizer.decode(generate(model, encoded, about.sizes, **how)))
 
 
 def frame_subjects(model, tokenizer, labels, pictures):
@@ -181,15 +182,15 @@ class Batch(NamedTuple):
     coverage: torch.Tensor  # (B, N): how much of each patch of the target the subject covers, 0 to 1
 
 
-def collate(config, size, samples):
-    """Samples, sorted by length and split -> list of Batch, `size` rows each: short sequences are not padded
+def collate(config, n_rows, samples):
+    """Samples, sorted by length and split -> list of Batch, n_rows each: short sequences are not padded
     to the longest, and the mean of the batches' losses is the loss of all samples."""
     rows = []
     for s in samples:
         pieces, references = hide_condition(fill_prompt(s.task, s.labels, s.caption), s.references, s.hide)
         rows.append((pieces, [at_sizes(config, s.task, reference) for reference in references], s))
     rows.sort(key=lambda row: config.n_patches * sum(map(len, row[1])) + len(" ".join(row[0]).split()))
-    return [lay_out(config, rows[i:i + size]) for i in range(0, len(rows), size)]
+    return [lay_out(config, rows[i:i + n_rows]) for i in range(0, len(rows), n_rows)]
 
 
 def lay_out(config, rows):
@@ -204,7 +205,7 @@ def lay_out(config, rows):
         target = N * i + torch.arange(N)[:, None]
         tokens = build_sequence(numbered, pieces, numbers, sizes, target)
         if sample.hide == "picture":  # what is drawn so far tells nothing: each patch must ask the prompt
-            tokens[1 - N:, 0] = HIDDEN
+            tokens[1 - N:, ID] = HIDDEN
         sequences.append(tokens)
     masks = torch.from_numpy(np.stack([sample.mask for _, _, sample in rows]))  # (B, H, W)
     coverage = F.avg_pool2d(masks[:, None].float(), config.downsample).flatten(1) / 255
@@ -217,8 +218,9 @@ def fill_codes(tokenizer, batch, device):
     (B, N, n_codebooks)."""
     pictures, tokens, lengths = (x.to(device, non_blocking=True) for x in batch[:3])
     codes = tokenizer.encode(from_bytes(pictures))  # (n, N, n_codebooks)
-    numbers = tokens[..., 4]  # (B, T); at a word 0, whose codes are never looked at
-    return torch.cat((tokens[..., :4], codes.flatten(0, 1)[numbers]), -1), lengths, codes[:len(tokens)]
+    numbers = tokens[..., CODES][..., 0]  # (B, T); at a word 0, whose codes are never looked at
+    tokens = torch.cat((tokens[..., :4], codes.flatten(0, 1)[numbers]), -1)
+    return tokens, lengths, codes[:len(tokens)]
 
 
 # ---- Looking at what a model has learnt -------------------------------------------------------------------
@@ -229,7 +231,8 @@ SUBJECT_PATCH = 0.6  # "on the subject": on the patches of which it covers more 
 @torch.no_grad()
 def held_out_losses(model, tokenizer, datasets, n, device):
     """Cross-entropy per task in nats a patch. On subject-driven, in stage 1 on segmentation, two gains: how
-    much worse it gets with the next sample's reference, or text; and both on the subject, by codebook."""
+    much worse it gets with the next sample's reference, or text. On the subject, by codebook: the loss, and
+    the gain of the reference."""
     losses, looked_at = {}, "subject-driven" if "subject-driven" in datasets else "segmentation"
 
     def mean_losses(samples):  # -> of all patches, the sum over their codes; on the subject (n_codebooks,)
@@ -260,37 +263,30 @@ def evaluate(model, tokenizer, held_out, sheet):
     if model is tokenizer:
         dataset, = held_out.values()
         return quality(tokenizer, [dataset[i].target for i in range(256)], sheet)
-    device, n = model.head_gain.device, 64 if model.config.n_embd > 64 else 16
+    device, n = model.head_gain.device, 64 if model.config.n_embd > 64 else 16  # (fewer of --preset test)
     losses = held_out_losses(model, tokenizer, held_out, n, device)
     first = {task: [dataset[i] for i in range(6)] for task, dataset in held_out.items()}
-    draw_samples(model, tokenizer, first, sheet)
+    save_samples(first, sheet, model, tokenizer)
     return losses
 
 
-def draw_samples(model, tokenizer, samples, path):
-    """samples: task -> list of data.Sample. Draws each into one labelled PNG: reference, target, drawn."""
-    rows = {}
+def save_samples(samples, path, *models):
+    """samples: task -> list of data.Sample -> one labelled PNG: references, target and, given models, what
+    they draw."""
+    sheet = []
     for task, row in samples.items():
         prompts = [(fill_prompt(task, s.labels, s.caption), s.references) for s in row]
-        rows[task] = row, draw(model, tokenizer, task, prompts)
-    save_samples(rows, path)
-
-
-def save_samples(rows, path):
-    """rows: task -> (list of data.Sample, what was drawn of each, or None) -> one labelled PNG"""
-    sheet = []
-    for task, (samples, drawn) in rows.items():
-        columns = ["reference"] * bool(samples[0].references) + ["target"] + ["drawn"] * (drawn is not None)
-        cells = []
-        for i, s in enumerate(samples):
-            images = [*s.references, s.target, *(() if drawn is None else [drawn[i]])]
-            cells.append(("<image>".join(fill_prompt(task, s.labels, s.caption)), images))
+        drawn = [[picture] for picture in draw(*models, task, prompts)] if models else [[]] * len(row)
+        columns = ["reference"] * bool(row[0].references) + ["target"] + ["drawn"] * bool(models)
+        cells = [("<image>".join(pieces), [*references, sample.target, *its])
+                 for (pieces, references), sample, its in zip(prompts, row, drawn)]
         sheet.append((f"{task}: {', '.join(columns)}", cells))
     save_sheet(sheet, path)
 
 
 # ---- How a script speaks and stops ------------------------------------------------------------------------
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 STOPS = (signal.SIGINT, signal.SIGTERM)  # training saves, and leaves
 
 
@@ -328,16 +324,8 @@ def run_script(main):
         sys.exit(2)
 
 
-def rank():
-    return int(os.environ.get("RANK", 0))  # set by torchrun
-
-
-def world():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def say(text):
-    if rank() == 0:
+    if RANK == 0:
         print(text, file=sys.stderr)
 
 
@@ -355,7 +343,7 @@ def stop_signals():
 
 def any_process(flag, device):
     """Whether it is up in any process: signals reach them at different steps; they stop together."""
-    if world() == 1:
+    if WORLD == 1:
         return bool(flag)
     votes = torch.tensor(float(bool(flag)), device=device)
     dist.all_reduce(votes)
@@ -400,7 +388,7 @@ def which_task(refs, labels, prompt, example):
 def name_references(labels, prompt):
     """--prompt with <image> behind each label, where training has its reference, and the labels' numbers in
     that order. Raises BadInput where it does not name one."""
-    ends = {}
+    prompt, ends = " ".join(prompt.replace("<image>", " ").split()), {}  # (some write them, too)
     for i in sorted(range(len(labels)), key=lambda i: -len(labels[i])):  # "black cat" before "cat"
         found = (match.end() for match in re.finditer(rf"(?<!\w){re.escape(labels[i])}(?!\w)", prompt))
         end = next((end for end in found if end not in ends.values()), None)
@@ -415,7 +403,7 @@ def name_references(labels, prompt):
 
 def say_unknown(known, labels, caption):
     """Says what of --label and --prompt training never saw. known: as train.known_text gives it."""
-    places = ["in the middle", *filter(None, PLACES), *QUARTERS]
+    places = [*filter(None, PLACES), *(QUARTERS if len(labels) > 1 else ["in the middle"])]
     for phrase in sorted((*labels, *places, *known["backgrounds"]), key=len, reverse=True):
         caption = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", ",", caption)
     new = re.findall(r"\b(?:in|on|at|under|behind|beside|near|over) (?:an?|the) [\w ]*\w", caption)
@@ -464,11 +452,13 @@ def main():
     temperatures = args.temperature * levels if len(args.temperature) == 1 else args.temperature
     if args.temperature is not TEMPERATURES and len(temperatures) != levels:
         raise BadInput(f"--temperature: give one number, or {levels}, one for each codebook of {path}")
-    asked = {"cfg_image": args.cfg_image, "cfg_text": args.cfg_text}
-    guidance = {name: scale for name, scale in asked.items() if scale is not None}  # else the task's
-    labels = [clean_label(label) for label in args.label]  # as words were in training
-    caption, files = clean_text(args.prompt), [*args.example, *args.ref]
-    shown = list(zip(files, labels or [""] * len(files)))
+    guidance = {"cfg_image": args.cfg_image, "cfg_text": args.cfg_text}
+    guidance = {name: scale for name, scale in guidance.items() if scale is not None}  # else the task's
+    caption, files = clean_text(args.prompt), [*args.example, *args.ref]  # in the words of training
+    named = [clean_label(label) for label in args.label]  # (name, place) each
+    asked = [name + place for name, place in named]       # a file may show several things
+    labels = asked if task == "segmentation" else [name for name, _ in named]
+    shown = list(zip(files, asked or [""] * len(files)))
     say_unknown(model.known, labels, caption)
     if task == "multi-image":
         caption, order = name_references(labels, caption)

@@ -265,10 +265,10 @@ def turn_hue(image, turn):
 
 
 def fill_outline(sprite, other):
-    """The outline of one sprite with the pixels of another: the inside must be looked at, too."""
+    """The outline of one sprite with the pixels of another, its mean where it is clear: the inside must be
+    looked at, too."""
     mean = other.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))[:3]  # weighed by its alpha
-    other = other.resize(sprite.size, Image.Resampling.NEAREST)
-    filled = over(other, (*mean, 255))  # its mean where it does not reach
+    filled = over(other.resize(sprite.size, Image.Resampling.NEAREST), (*mean, 255))
     filled.putalpha(sprite.getchannel("A"))
     return filled
 

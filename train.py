@@ -32,10 +32,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import BACKGROUNDS, PLACES, QUARTERS, SIZES, Tasks, load_subjects
-from mentor import CONFIGS, TASKS, Config, Mentor, words_of
-from sample import (Parser, add_device_flag, any_process, at_least, collate, evaluate, export, fill_codes,
-                    follow_main, load_checkpoint, rank, run_script, save_checkpoint, save_samples,
-                    say, stop_signals, world)
+from mentor import CONFIGS, MAX_BACKGROUND, TASKS, Config, Mentor, clean_text, words_of
+from sample import (RANK, WORLD, Parser, add_device_flag, any_process, at_least, collate, evaluate, export,
+                    fill_codes, follow_main, load_checkpoint, run_script, save_checkpoint, save_samples, say,
+                    stop_signals)
 from tokenizer import BadInput, Tokenizer, autocast, emoji_font, from_bytes, has_bf16
 
 # Per stage 0, 1, 2: optimizer steps, samples a step (pictures, in stage 0), peak learning rate. micro_batch:
@@ -43,7 +43,7 @@ from tokenizer import BadInput, Tokenizer, autocast, emoji_font, from_bytes, has
 SCHEDULES = {
     "test": dict(steps=(150, 80, 80), batch_size=(32, 16, 16), lr=(2e-3, 1.2e-2, 6e-3), micro_batch=16),
     "cpu": dict(steps=(6000, 600, 12600), batch_size=(32, 16, 16), lr=(2e-3, 4e-3, 3e-3), micro_batch=4),
-    # Ten minutes of an H100.
+    # Twelve minutes of an H100.
     "cpu on cuda": dict(steps=(2350, 730, 5900), batch_size=(128, 128, 160), lr=(2e-3, 4e-3, 3.5e-3),
                         micro_batch=80),
     "gpu": dict(steps=(50000, 60000, 60000), batch_size=(256,) * 3, lr=(1e-3, 1e-3, 5e-4), micro_batch=64),
@@ -52,12 +52,11 @@ MIXES = {  # share of each task in a stage
     # Stage 0 sees every kind of picture. Each task of it has one reference: a sample has two pictures.
     0: {"segmentation": 0.35, "recovery": 0.15, "subject-driven": 0.5},
     1: {"text-to-image": 0.28, "reconstruction": 0.07, "segmentation": 0.65},  # the paper's
-    # The paper has .46, -, .115, .115, .31. At this scale a stage without reconstruction forgets to copy: in
-    # a prototype its held-out loss rose from 1.3 to 3.0.
+    # The paper has .46, -, .115, .115, .31. At this scale a stage without reconstruction forgets to copy.
     2: {"text-to-image": 0.18, "reconstruction": 0.03, "segmentation": 0.24, "recovery": 0.03,
         "subject-driven": 0.27, "multi-image": 0.13, "in-context": 0.12},
 }
-PLAIN_MIX = {"text-to-image": 1.0}  # stage 0 of a folder with pictures that are no cut-outs: one a sample
+PLAIN_MIX = {"text-to-image": 1.0}  # stage 0 where nothing is a cut-out: one picture a sample
 HELD_OUT = 3  # besides the stages 0, 1, 2: the stream of held-out samples, the same in all of them
 CHECKPOINTS = ("tokenizer.pt", "stage1.pt", "stage2.pt")
 
@@ -136,6 +135,8 @@ def train_step(run, net, inputs, lr):
 def load_sources(sources, backgrounds, out):
     """-> subjects, backgrounds; says what there is. Raises BadInput where there is nothing to learn from."""
     out_folder = os.path.join(os.path.realpath(out), "")
+    if {"emoji", "shapes"} & set((backgrounds or "").split(",")):
+        raise BadInput(f"--backgrounds {backgrounds}: give folders of pictures, not emoji or shapes")
     for folder in f"{sources or ''},{backgrounds or ''}".split(","):
         if folder and out_folder.startswith(os.path.join(os.path.realpath(folder), "")):
             raise BadInput(f"--out {out} lies in {folder}, and what is written there would be "
@@ -149,11 +150,12 @@ def load_sources(sources, backgrounds, out):
 
 def known_text(subjects, backgrounds):
     """What the captions of training say -> dict(words: all of them, in one string; backgrounds: a list)"""
-    scenes = list(dict.fromkeys([*BACKGROUNDS, *filter(None, (picture.caption for picture in backgrounds))]))
+    named = [clean_text(picture.caption, MAX_BACKGROUND) for picture in backgrounds]
+    scenes = list(dict.fromkeys([*BACKGROUNDS, *filter(None, named)]))
     fixed = ["a big thing and, in the middle", *SIZES, *PLACES, *QUARTERS, *scenes]
     words = set(words_of(" ".join([*fixed, *(task.prompt for task in TASKS.values())])))
     for i in np.flatnonzero(~subjects.table["held_out"]):
-        words.update(words_of(f"{subjects[i].label} {subjects[i].caption}"))
+        words.update(words_of(f"{subjects[i].label} {'' if subjects[i].has_cutout else subjects[i].caption}"))
     return {"words": " ".join(sorted(words)), "backgrounds": scenes}
 
 
@@ -161,7 +163,7 @@ def make_datasets(plan, args):
     """-> what the stage learns from, and task -> held-out samples of it"""
     subjects, backgrounds = load_sources(args.data, args.backgrounds, args.out)
     size, mix = plan.config.image_size, plan.mix
-    if plan.stage == 0 and not subjects.table["has_cutout"].all():
+    if plan.stage == 0 and not subjects.table["has_cutout"].any():
         mix = PLAIN_MIX
     tasks = mix if plan.stage else list(mix)[-1:]  # the tokenizer looks at scenes: one task shows them
     held_out = {task: Tasks(subjects, {task: 1.0}, size, (args.seed, HELD_OUT), False, backgrounds)
@@ -176,10 +178,9 @@ def parse_mix(text):
         task, _, share = item.partition("=")
         if task not in TASKS:
             raise BadInput(f"--mix: no task {task!r} (there are {', '.join(TASKS)})")
-        try:
+        mix[task] = math.nan
+        with contextlib.suppress(ValueError):
             mix[task] = float(share)
-        except ValueError:
-            mix[task] = math.nan
     if not all(0 <= share < math.inf for share in mix.values()) or sum(mix.values()) == 0:
         raise BadInput(f"--mix {text}: shares must be numbers from 0 up, and not all 0 (write {task}=0.5)")
     return {task: mix[task] / sum(mix.values()) for task in TASKS if mix.get(task)}
@@ -205,13 +206,13 @@ def make_plan(stage, args, device):
     """Raises BadInput if the batches do not come out even."""
     schedule = SCHEDULES.get(f"{args.preset} on {device.type}", SCHEDULES[args.preset])
     batch_size = args.batch_size or schedule["batch_size"][stage]
-    micro_batch = max(1, min(batch_size // world(), schedule["micro_batch"]))
+    micro_batch = max(1, min(batch_size // WORLD, schedule["micro_batch"]))
     # Stage 0 takes all of a process at once, and both pictures of a sample.
-    multiple, unit = (world() * 2, "pairs") if stage == 0 else (world() * micro_batch, "micro-batches")
+    multiple, unit = (WORLD * 2, "pairs") if stage == 0 else (WORLD * micro_batch, "micro-batches")
     if batch_size % multiple:
         hint = "; --stage 0 takes a --batch-size of its own" if stage == 0 else ""
         raise BadInput(f"stage {stage}, --batch-size {batch_size}: give a multiple of {multiple} "
-                       f"({world()} processes, each whole {unit}){hint}")
+                       f"({WORLD} processes, each whole {unit}){hint}")
     steps, mix = args.steps or schedule["steps"][stage], args.mix if args.mix and stage else MIXES[stage]
     settings = {"preset": args.preset, "data": args.data or ("emoji" if emoji_font() else "shapes"),
                 "backgrounds": args.backgrounds, "mix": mix, "steps": steps, "batch_size": batch_size,
@@ -234,8 +235,8 @@ class Run:
 
 
 def start_run(plan, known):
-    """Weights and optimizers as the last run of this stage left them, if its settings were these, or else the
-    weights of the stage before. All else, samples and random numbers, follows from the step."""
+    """Weights and optimizers as the last run of this stage left them (BadInput if its settings were others),
+    or else the weights of the stage before. All else, samples and random numbers, follows from the step."""
     torch.manual_seed(plan.settings["seed"])
     tokenizer = Tokenizer(plan.config).to(plan.device).requires_grad_(plan.stage == 0)
     model = Mentor(plan.config).to(plan.device) if plan.stage else tokenizer
@@ -282,13 +283,13 @@ def checked(path, config, stage):
 
 
 def save_run(run):
-    if rank() == 0:
+    if RANK == 0:
         parts = {"model": run.model.state_dict(), "tokenizer": run.tokenizer.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
         save_checkpoint(run.plan.path, stage=run.plan.stage, step=run.step, seconds=run.seconds,
                         settings=run.plan.settings, config=dataclasses.asdict(run.plan.config),
                         known=run.known, **parts)
-    if world() > 1:
+    if WORLD > 1:
         dist.barrier()  # none goes on, or leaves, before it is written
 
 
@@ -300,9 +301,8 @@ def stack_pictures(samples):
 def make_loader(run, dataset, n_workers):
     """Batches of the steps to come, composed and laid out by workers."""
     plan = run.plan
-    pictures_a_sample = 2 if dataset.mix == MIXES[0] else 1
-    n = plan.batch_size // pictures_a_sample
-    indices = [range(step * n + rank(), (step + 1) * n, world()) for step in range(run.step, plan.steps)]
+    n = plan.batch_size // (2 if dataset.mix == MIXES[0] else 1)  # samples a step
+    indices = [range(step * n + RANK, (step + 1) * n, WORLD) for step in range(run.step, plan.steps)]
     to_parts = functools.partial(collate, plan.config, plan.micro_batch) if plan.stage else stack_pictures
     return DataLoader(dataset, batch_sampler=indices, collate_fn=to_parts, num_workers=n_workers,
                       worker_init_fn=follow_main, pin_memory=plan.device.type == "cuda")
@@ -324,7 +324,7 @@ def parallel(model, device, compiled):
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=True)
-    if world() == 1:
+    if WORLD == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -346,14 +346,14 @@ def leave(bar, plan, saved):
 
 
 def log(plan, **record):
-    if rank() == 0:
+    if RANK == 0:
         with open(os.path.join(plan.out, "log.jsonl"), "a") as file:
             print(json.dumps({"stage": plan.stage, **record}), file=file)
 
 
 def look(run, held_out):
     """Figures on held-out subjects, into the log, and a sheet. The first process does it."""
-    if rank() == 0:
+    if RANK == 0:
         figures = evaluate(run.model, run.tokenizer, held_out, run.plan.sheet)
         log(run.plan, step=run.step, held_out=figures, seconds=round(run.seconds, 1))
         words = ", ".join(f"{name} {value}" for name, value in figures.items())
@@ -362,9 +362,9 @@ def look(run, held_out):
 
 def log_step(run, bar, loss, lr, n_steps, seconds):
     """The mean loss of all processes, and the rate of the last n_steps, which took so many seconds."""
-    if world() > 1:
+    if WORLD > 1:
         dist.all_reduce(loss)
-    record = {"step": run.step, "loss": round(loss.item() / world(), 4), "lr": round(lr, 7),
+    record = {"step": run.step, "loss": round(loss.item() / WORLD, 4), "lr": round(lr, 7),
               "samples_per_second": round(run.plan.batch_size * n_steps / seconds, 1)}
     bar.set_postfix({name: value for name, value in record.items() if name != "step"})
     log(run.plan, **record, seconds=round(run.seconds, 1))
@@ -386,7 +386,7 @@ def train(stage, args, device):
     watched, saved, tick = torch.zeros((), device=device), run.step, time.time()
     since, first = tick, run.step  # of what the next line of the log speaks of
     bar = tqdm(make_loader(run, dataset, args.workers), f"stage {stage}", plan.steps, initial=run.step,
-               disable=rank() > 0, mininterval=1)
+               disable=RANK > 0, mininterval=1)
     with bar, stop_signals() as stop:
         for parts in bar:
             torch.manual_seed(args.seed * 1_000_003 + run.step)  # so that a run that goes on draws the same
@@ -400,7 +400,7 @@ def train(stage, args, device):
             run.step += 1
             watched += loss + norm
             logs, looks, saves = run.step % 10 == 0, due(plan.steps // n_looks), due(plan.steps // 40)
-            if not (logs or looks or saves or stop and world() == 1):
+            if not (logs or looks or saves or stop and WORLD == 1):
                 continue  # nothing so far has waited for the device
 
             stopping = any_process(stop, device) and run.step < plan.steps
@@ -429,9 +429,9 @@ def show(stage, args, device):
     plan = make_plan(stage, args, device)
     dataset, _ = make_datasets(plan, args)
     samples = [dataset[i] for i in range(500)]
-    rows = {task: ([sample for sample in samples if sample.task == task][:6], None) for task in dataset.mix}
+    rows = {task: [sample for sample in samples if sample.task == task][:6] for task in dataset.mix}
     path = os.path.join(args.out, f"stage{stage}-samples.png")
-    save_samples({task: row for task, row in rows.items() if row[0]}, path)
+    save_samples({task: row for task, row in rows.items() if row}, path)
     print(f"wrote {path}: {dataset.subjects.table['held_out'].sum()} images are held out")
 
 
@@ -439,8 +439,8 @@ def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     has_cuda = torch.cuda.is_available()
     parser.add_argument("--stage", type=int, choices=(0, 1, 2), help="tokenizer, alignment, instruction")
-    parser.add_argument("--preset", choices=CONFIGS, default="gpu" if has_cuda else "cpu",
-                        help="model, image size and schedule")
+    parser.add_argument("--preset", choices=CONFIGS,
+                        help="model, image size and schedule (default: gpu with CUDA, else cpu)")
     parser.add_argument("--data", help="emoji, shapes or a folder; several with commas (default: emoji, or "
                                        "without such a font shapes)")
     parser.add_argument("--backgrounds", metavar="DIR",
@@ -458,7 +458,9 @@ def parse_args():
                              "test)")
     parser.add_argument("--show", action="store_true", help="a sheet of what this run would learn from")
     parser.add_argument("--export", metavar="FILE", help="write the stage 2 of --out, in half precision")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.preset = args.preset or ("gpu" if args.device == "cuda" else "cpu")
+    return args
 
 
 def main():
@@ -473,7 +475,7 @@ def main():
         torch.cuda.set_device(device)
     if args.compile is None and not args.show:
         args.compile = args.preset != "test" and args.stage > 0 and can_compile(device)
-    if world() > 1:  # (two hours: the first process may look through a million images)
+    if WORLD > 1:  # (two hours: the first process may look through a million images)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     try:
         os.makedirs(args.out, exist_ok=True)
@@ -489,7 +491,7 @@ def main():
             own = {name: begun["settings"][name] if begun else None for name in ("steps", "batch_size")}
             train(0, argparse.Namespace(**vars(args) | own), device)
     train(args.stage, args, device)
-    if world() > 1:
+    if WORLD > 1:
         dist.destroy_process_group()
 
 

@@ -85,6 +85,35 @@ def test_references_stand_behind_their_labels_in_the_order_of_the_prompt():
         sample.name_references(["cat"], "a caterpillar")
 
 
+def test_where_a_label_places_a_thing_is_not_where_it_is_drawn(trained, ref, tmp_path, monkeypatch, capsys):
+    """A label places what to look for; the prompt names it without. It may write <image> as training does."""
+    opened, drawn = [], []
+
+    def draw(model, tokenizer, task, prompts, **how):
+        drawn.extend(prompts)
+        return np.zeros((1, 9, 9, 3), np.uint8)
+
+    monkeypatch.setattr(sample, "open_reference", lambda path, label, *_: opened.append(label) or label)
+    monkeypatch.setattr(sample, "draw", draw)
+    sun, star = (("--ref", ref, "--label", label) for label in ("the sun on the left", "star"))
+    for given, prompt in (
+        ((*sun, *star), "a star on the left and a sun on the right"),
+        ((*sun, *star), "a star <image> on the left and a sun<image> on the right"),
+        (sun, "a sun in space"),
+    ):
+        code, _, _ = call(
+            monkeypatch,
+            capsys,
+            sample.main,
+            *given,
+            *("--prompt", prompt, "--ckpt", trained / "stage2.pt", "-o", tmp_path / "x.png"),
+        )
+        assert code == 0
+    assert opened == ["star", "sun on the left"] * 2 + ["sun on the left"]
+    both = ["a star ", " on the left and a sun ", " on the right"]
+    assert [pieces for pieces, _ in drawn] == [both, both, ["The sun in ", ".\na sun in space"]]
+
+
 def test_a_cutout_is_shown_as_training_shows_it_wherever_it_stands_in_its_file(tmp_path):
     star = draw_shape("star red blue")
     for name, place in (("a.png", (0, 0)), ("b.png", (170, 90))):
@@ -257,6 +286,7 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
         ((*toy, *out, "--steps", "0"), "not a whole number from 1 up"),
         ((*toy, "--out", tmp_path / "stage1.pt" / "under"), "no such folder, and none can be made"),
         ((*toy, *out, "--data", tmp_path / "none"), "no such folder"),
+        ((*toy, *out, "--backgrounds", "shapes"), "give folders of pictures"),
         ((*toy, *out, "--data", tmp_path / "empty"), "not one usable image"),
         ((*toy, *out, "--data", tmp_path / "unusable"), "not one usable image"),
         ((*toy, "--out", trained, "--seed", "1"), "was trained with seed 0"),

@@ -150,8 +150,9 @@ KNOWN = train.known_text(load_subjects("shapes"), ())
     [
         (["red blue star"], "a red blue star on the beach", []),
         (["sun"], "a sun, a sunflower", ["'sunflower'"]),
-        (["stars"], "two big stars, at the top left, under water", ["'two'"]),
+        (["stars"], "two big stars, at the top left, under water", ["'at the top left'", "'two'"]),
         (["hunde"], "", ["'hunde'"]),
+        (["sun", "star"], "a sun at the top left and a star in the middle", ["'in the middle'"]),
         ([], "a star on the moon, in the corner", ["'on the moon'", "'in the corner'"]),
         ([], "a dromedary", ["'dromedary'"]),
     ],
@@ -161,6 +162,16 @@ def test_what_training_never_saw_is_said_in_one_line(capsys, labels, caption, na
     said = capsys.readouterr().err
     assert said.count("\n") == bool(named) and ("on the grass, on the beach" in said) == bool(named)
     assert said.split(" never saw ")[-1].split(", which")[0].split(", ") == (named or [""])
+
+
+def test_training_says_the_label_of_a_cutout_and_the_caption_of_a_picture(tmp_path):
+    for file in (sprite(tmp_path / "owl.png"), picture(tmp_path / "hill.jpg")):
+        file.with_suffix(".txt").write_text(f"{file.stem} beside one two three four house")
+    words = train.known_text(load_subjects(str(tmp_path)), ())["words"].split()
+    assert {"owl", "hill", "four", "house"} - set(words) == set()
+    (tmp_path / "hill.jpg").unlink()
+    words = train.known_text(load_subjects(str(tmp_path)), ())["words"].split()
+    assert {"owl", "beside"} <= set(words) and "house" not in words
 
 
 def test_training_keeps_the_words_that_it_saw_and_not_those_held_out(trained):

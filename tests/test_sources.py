@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from conftest import SHAPES, picture, sprite, tasks
 from PIL import Image, ImageOps
 
@@ -185,6 +186,34 @@ def test_bad_lines_of_metadata_are_passed_over(tmp_path):
             cutout(subject)
     dataset = Tasks(subjects, {"subject-driven": 1.0}, 32, (0,))
     assert {dataset[i].labels[0] for i in range(40)} == {"good one"}
+
+
+def test_a_class_of_number_0_is_a_label(tmp_path):
+    sprite(tmp_path / "thing.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "thing.png", "label": 0, "text": null}')
+    assert [subject.label for subject in load_subjects(str(tmp_path))] == ["0"]
+
+
+def test_the_name_of_a_plain_picture_is_no_background(tmp_path):
+    """Cut-outs stand on parts of it, but no caption says "a star, img 2034"."""
+    for i in range(12):
+        sprite(tmp_path / "mine" / f"star {i}.png")
+        picture(tmp_path / "mine" / f"img {i}.jpg")
+    dataset = Tasks(load_subjects(str(tmp_path / "mine")), {"reconstruction": 1.0}, 32, (0,))
+    captions = [sample.caption for sample in map(dataset.__getitem__, range(200)) if sample.mask.any()]
+    assert len(captions) > 50 and not any("img" in caption for caption in captions)
+
+
+def test_one_photograph_does_not_keep_scenes_from_the_tokenizer(tmp_path):
+    for i in range(12):
+        sprite(tmp_path / "mine" / f"star {i}.png")
+    picture(tmp_path / "mine" / "photo.jpg")
+    picture(tmp_path / "plain" / "photo.jpg")
+    for folder, mix in (("mine", train.MIXES[0]), ("plain", train.PLAIN_MIX)):
+        flags = argparse.Namespace(data=str(tmp_path / folder), backgrounds=None, out=str(tmp_path), seed=0,
+                                   preset="test", batch_size=None, steps=None, mix=None)
+        dataset, _ = train.make_datasets(train.make_plan(0, flags, torch.device("cpu")), flags)
+        assert dataset.mix == mix
 
 
 def test_pictures_without_a_subject_are_not_views_of_one(tmp_path):
@@ -404,8 +433,11 @@ def test_exif_rotation_is_followed_and_alpha_lies_on_white(tmp_path):
 
 
 def test_labels_are_short_and_bare():
-    assert data.clean_label("The quick brown fox jumps over the dog.\nmore") == "quick brown fox jumps over"
-    assert data.clean_label("a pear-shaped, well-known thing") == "pear-shaped, well"  # signs count
+    name, place = data.clean_label("The quick brown fox jumps over the dog.\nmore")
+    assert (name, place) == ("quick brown fox jumps over", "")
+    assert data.clean_label("a pear-shaped, well-known thing") == ("pear-shaped, well", "")  # signs count
+    assert data.clean_label("The cat on the left.") == ("cat", " on the left")
+    assert data.clean_label("a dog at the top right") == ("dog", " at the top right")
 
 
 def test_words_of_a_background_are_not_cut_like_a_label(tmp_path):
