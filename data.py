@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from mentor import MAX_BACKGROUND, MAX_CAPTION, MAX_LABEL, TASKS, clean_label, clean_text, words_of
-from tokenizer import (BACKGROUNDS, BLACK, COLOURS, OPERATIONS, SHAPES, BadInput, draw_background,
+from tokenizer import (BACKGROUNDS, BLACK, COLOURS, HUE_TURNS, OPERATIONS, SHAPES, BadInput, draw_background,
                        draw_emoji, draw_ground, draw_shape, emoji_font, fill_outline, is_cutout, open_square,
                        operate, over, read_image, turn_hue)
 
@@ -362,7 +362,7 @@ class Tasks:
                 say_once(f"skipped: {error}")
                 continue
             # Where words alone decide, what is drawn so far would tell it sooner: mostly hide it.
-            hidden = 0.65 if task in ("text-to-image", "segmentation") else 0.15
+            hidden = {"text-to-image": 0.65, "segmentation": 0.3}.get(task, 0.15)
             hide = ["all", "text", "picture", ""][rng.choice(4, p=[0.1, 0.05, hidden, 0.85 - hidden])]
             return sample._replace(task=task, hide=hide)
         raise BadInput("a hundred images in a row could not be read")
@@ -384,8 +384,8 @@ class Tasks:
     def segmentation(self, i, subject, rng):
         """The target is the subject's own pixels, in place, on black: the only one, or one of several, asked
         for by label, place or both. Where labels tell them apart they look as they do."""
-        numbers = self.different(i, rng.integers(1, 5), rng)
-        asked_by = str(rng.choice(["label", "place", "both"], p=[0.66, 0.22, 0.12])) * (len(numbers) > 1)
+        numbers = self.different(i, rng.choice([1, 2, 3, 4], p=[0.15, 0.2, 0.25, 0.4]), rng)
+        asked_by = str(rng.choice(["label", "place", "both"], p=[0.75, 0.17, 0.08])) * (len(numbers) > 1)
         sprites = [self.sprite(number, rng, change=asked_by != "label") for number in numbers]
         scene, parts, _ = self.scene(numbers, sprites, rng, anywhere=0.7, any_ground=True)
         alone, mask, place = parts[0]
@@ -410,7 +410,8 @@ class Tasks:
 
     def in_context(self, i, subject, rng):
         """The references are an example, before and after, and a query; the target is what comes after it."""
-        operation, turn, pictures = str(rng.choice(OPERATIONS)), int(rng.integers(32, 224)), []
+        operation = str(rng.choice(list(OPERATIONS), p=list(OPERATIONS.values())))
+        turn, pictures = int(rng.choice(HUE_TURNS)), []
         behind, _, *names = self.background(rng)
         for j in (self.different(i, 2, rng)[-1], i):  # the example's picture, then the query
             scene, parts, name = self.scene([j], [self.sprite(j, rng)], rng, 0.0, names, any_ground=True)

@@ -36,8 +36,7 @@ class Config:
     n_head: int = 4
     n_embd: int = 256
     block_size: int = 352       # longest sequence, in tokens: words, references and picture together
-    # A reference enters as it is, so much smaller, or both (Task.sizes): as data.SIZES has big and small.
-    reference_sizes: tuple = (1.0, 2 / 3)
+    reference_sizes: tuple = (1.0, 2 / 3)  # a reference enters as it is, or so: big and small of data.SIZES
 
     @property
     def side(self):  # patches a side of an image
@@ -103,12 +102,14 @@ class Task(NamedTuple):
     cfg_text: float     # and towards the text: copying wants little, composing more
     needs_cutout: bool  # False: a picture without alpha or mask will do
     sizes: tuple = (0, 1)  # which of Config.reference_sizes references enter at: those that its targets have
+    coarse: float = 1.0    # what a patch's coarsest code weighs in the loss; the others weigh 1
 
 
 TASKS = {
     "text-to-image": Task("{caption}", 3.0, 3.0, needs_cutout=False),
     "reconstruction": Task("The image is <image>\n{caption}", 1.0, 1.0, needs_cutout=False, sizes=(0,)),
-    "segmentation": Task("The {label} in <image>.", 1.5, 1.5, needs_cutout=True, sizes=(0,)),
+    # Which of several things is asked for is one bit a patch: its fine codes' randomness would drown it.
+    "segmentation": Task("The {label} in <image>.", 1.5, 1.5, needs_cutout=True, sizes=(0,), coarse=8.0),
     "recovery": Task("The {label} in <image>.\n{caption}", 2.0, 2.0, needs_cutout=True),
     "subject-driven": Task("The {label} in <image>.\n{caption}", 3.0, 2.0, needs_cutout=True),
     "multi-image": Task("{caption}", 3.0, 2.0, needs_cutout=True, sizes=(1,)),

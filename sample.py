@@ -180,6 +180,7 @@ class Batch(NamedTuple):
     tokens: torch.Tensor    # (B, T, 5): for its codes, a patch's number among all patches of the pictures
     lengths: torch.Tensor   # (B,)
     coverage: torch.Tensor  # (B, N): how much of each patch of the target the subject covers, 0 to 1
+    coarse: torch.Tensor    # (B,): what their coarsest codes weigh in the loss (mentor.Task)
 
 
 def collate(config, n_rows, samples):
@@ -209,7 +210,9 @@ def lay_out(config, rows):
         sequences.append(tokens)
     masks = torch.from_numpy(np.stack([sample.mask for _, _, sample in rows]))  # (B, H, W)
     coverage = F.avg_pool2d(masks[:, None].float(), config.downsample).flatten(1) / 255
-    return Batch(torch.from_numpy(np.stack(pictures)), *pad_sequences(sequences, multiple=8), coverage)
+    coarse = torch.tensor([TASKS[sample.task].coarse for _, _, sample in rows])
+    pictures = torch.from_numpy(np.stack(pictures))  # (n, H, W, 3)
+    return Batch(pictures, *pad_sequences(sequences, multiple=8), coverage, coarse)
 
 
 @torch.no_grad()

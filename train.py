@@ -88,28 +88,30 @@ def make_optimizers(model, bf16, fused):
     return optimizers
 
 
-def weigh(nats, coverage):
+def weigh(nats, coverage, coarse):
     """The loss of the transformer: nats (B, N, n_codebooks) -> their sum over a patch's codes, its mean. The
     more of a patch the subject covers (B, N), the more it weighs: three in four are background, whose own
-    randomness would drown what is to be learnt from the reference. A sample's weights have mean 1."""
+    randomness would drown what is to be learnt from the reference. A sample's weights have mean 1. coarse
+    (B,): how often the coarsest code counts (mentor.Task)."""
     weights = 1 + 4 * coverage
     weights = weights / weights.mean(1, keepdim=True)
-    return (weights * nats.sum(-1)).mean()
+    return (weights * (nats.sum(-1) + (coarse[:, None] - 1) * nats[..., 0])).mean()
 
 
 def accumulate(net, inputs, device):
-    """Adds the gradient of the mean loss of all micro-batches, each what the model's forward takes and the
-    coverage (None in stage 0) -> their loss, unweighted, and what else the last one gave. k micro-batches
-    give the gradient of one batch. Among several processes only the last backward exchanges it."""
+    """Adds the gradient of the mean loss of all micro-batches, each what the model's forward takes and what
+    `weigh` takes beside its losses (nothing in stage 0) -> their loss, unweighted, and what else the last one
+    gave. k micro-batches give the gradient of one batch. Of several processes only the last backward
+    exchanges it."""
     total = 0.0
-    for i, (arguments, coverage) in enumerate(inputs):
+    for i, (arguments, weights) in enumerate(inputs):
         exchanges = i == len(inputs) - 1 or not isinstance(net, DistributedDataParallel)
         with contextlib.nullcontext() if exchanges else net.no_sync():
             with autocast(device):
                 result = net(*arguments)
             # Of the transformer nats (B, N, n_codebooks); of the tokenizer its loss, and codes and z besides.
             loss, *extra = result if isinstance(result, tuple) else (result,)
-            weighed = loss if coverage is None else weigh(loss, coverage)
+            weighed = weigh(loss, *weights) if weights else loss
             (weighed / len(inputs)).backward()
         total += loss.detach().sum(-1).mean() / len(inputs)
     return total, extra
@@ -333,8 +335,8 @@ def to_inputs(run, parts):
     """What the workers composed -> what `accumulate` takes."""
     device = run.plan.device
     if run.plan.stage == 0:
-        return [((from_bytes(pictures.to(device, non_blocking=True)),), None) for pictures in parts]
-    return [(fill_codes(run.tokenizer, batch, device), batch.coverage.to(device, non_blocking=True))
+        return [((from_bytes(pictures.to(device, non_blocking=True)),), ()) for pictures in parts]
+    return [(fill_codes(run.tokenizer, batch, device), [x.to(device, non_blocking=True) for x in batch[3:]])
             for batch in parts]
 
 
@@ -441,8 +443,7 @@ def parse_args():
     parser.add_argument("--stage", type=int, choices=(0, 1, 2), help="tokenizer, alignment, instruction")
     parser.add_argument("--preset", choices=CONFIGS,
                         help="model, image size and schedule (default: gpu with CUDA, else cpu)")
-    parser.add_argument("--data", help="emoji, shapes or a folder; several with commas (default: emoji, or "
-                                       "without such a font shapes)")
+    parser.add_argument("--data", help="emoji, shapes or folders, with commas (default: emoji, else shapes)")
     parser.add_argument("--backgrounds", metavar="DIR",
                         help="photographs to place subjects on, named by a .txt beside, file or folder")
     parser.add_argument("--mix", type=parse_mix, metavar="TASK=SHARE,...", help="tasks of stage 1 or 2")
@@ -454,8 +455,7 @@ def parse_args():
     parser.add_argument("--out", default="out", help="for checkpoints, sheets and the log (default: out)")
     add_device_flag(parser)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="torch.compile, of stages 1 and 2 (default: where it works, save for --preset "
-                             "test)")
+                        help="torch.compile of stages 1 and 2 (default: where it works, not for test)")
     parser.add_argument("--show", action="store_true", help="a sheet of what this run would learn from")
     parser.add_argument("--export", metavar="FILE", help="write the stage 2 of --out, in half precision")
     args = parser.parse_args()

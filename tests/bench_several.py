@@ -15,7 +15,7 @@ import numpy as np
 import data
 from bench_quality import (N_OTHERS, draw_all, other_subjects, outline_likeness, some_background,
                            templates)
-from data import AS_GIVEN, BACKGROUNDS, OPERATIONS, compose, cutout, operate
+from data import AS_GIVEN, BACKGROUNDS, HUE_TURNS, OPERATIONS, compose, cutout, operate
 from mentor import fill_prompt
 
 
@@ -187,7 +187,7 @@ def make_queries(subjects, n, size, seed):
     queries = []
     for i in range(n):
         rng = np.random.default_rng([seed, i])
-        operation, turn = OPERATIONS[i % len(OPERATIONS)], int(rng.integers(32, 224))
+        operation, turn = list(OPERATIONS)[i % len(OPERATIONS)], int(rng.choice(HUE_TURNS))
         chosen = [subjects[j] for j in rng.permutation(len(subjects))[:21]]
         words = rng.choice(list(BACKGROUNDS), 3, replace=False)
         behind, *grounds = (some_background(str(w), size, rng) for w in words)

@@ -124,7 +124,7 @@ def main():
     batch = collate(
         config, size, sorted((dataset[i] for i in range(4 * size)), key=lambda s: len(s.references))
     )[-1]
-    inputs, coverage = fill_codes(tokenizer, batch, device), batch.coverage.to(device)
+    inputs, weights = fill_codes(tokenizer, batch, device), [x.to(device) for x in batch[3:]]
     seconds = fastest(lambda: fill_codes(tokenizer, batch, device), device)
     row(f"encode {len(batch.pictures)} pictures", f"{1000 * seconds:.1f} ms")
 
@@ -141,7 +141,7 @@ def main():
     shape = " x ".join(map(str, inputs[0].shape[:2]))
     for compiled in (False, True)[: 1 + can_compile(device)]:
         net = parallel(model, device, compiled)
-        seconds = fastest(lambda: train_step(run, net, [(inputs, coverage)], 1e-5), device)
+        seconds = fastest(lambda: train_step(run, net, [(inputs, weights)], 1e-5), device)
         share = share_of_peak(model, [batch.lengths], seconds)
         words = "" if share is None else f", {share:.0%} of {peak_flops(device) / 1e12:.0f} TFLOP/s"
         row(

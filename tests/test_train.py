@@ -39,7 +39,7 @@ def toy_samples(n):
 
 def toy_inputs(samples, size):
     toy, batches = toy_tokenizer(), sample.collate(CONFIG, size, samples)
-    return [(sample.fill_codes(toy, batch, CPU), batch.coverage) for batch in batches]
+    return [(sample.fill_codes(toy, batch, CPU), batch[3:]) for batch in batches]
 
 
 @pytest.fixture(autouse=True)
@@ -85,13 +85,23 @@ def test_workers_lay_out_what_the_device_fills_with_codes():
 
 
 def test_a_patch_weighs_the_more_the_more_of_the_subject_it_holds():
-    nats, coverage = torch.rand(2, N, 3), torch.zeros(2, N)
-    assert train.weigh(nats, coverage).item() == pytest.approx(nats.sum(-1).mean().item(), rel=1e-5)
+    nats, coverage, ones = torch.rand(2, N, 3), torch.zeros(2, N), torch.ones(2)
+    assert train.weigh(nats, coverage, ones).item() == pytest.approx(nats.sum(-1).mean().item(), rel=1e-5)
     coverage[0, 3], coverage[0, 5] = 1, 0.5
     nats[0] = 0
     nats[0, 3], nats[0, 5], nats[0, 7] = 1, 10, 100  # each a sum of three codes
     wanted = 3 * (5 * 1 + 3 * 10 + 1 * 100) / (N - 2 + 5 + 3)  # the weights have mean 1
-    assert train.weigh(nats[:1], coverage[:1]).item() == pytest.approx(wanted, rel=1e-5)
+    assert train.weigh(nats[:1], coverage[:1], ones[:1]).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_coarsest_codes_of_segmentation_count_eight_times():
+    samples = toy_samples(16)
+    assert {s.task for s in samples} > {"segmentation"}
+    for s in samples:
+        (batch,) = sample.collate(CONFIG, 1, [s])
+        nats, even = torch.rand(1, N, 3), torch.zeros(1, N)
+        wanted = (nats * torch.tensor([8 if s.task == "segmentation" else 1, 1, 1])).sum(-1).mean()
+        assert train.weigh(nats, even, batch.coarse).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_the_logged_loss_is_unweighted(model):
@@ -394,18 +404,9 @@ def test_the_logged_rate_is_that_of_the_last_steps(trained, tmp_path, monkeypatc
 def test_terminating_the_whole_group_saves_and_leaves_with_one_line(trained, tmp_path):
     """As Ctrl-C, timeout and job schedulers do: the workers get the signal, too."""
     shutil.copy(trained / "stage1.pt", tmp_path)
+    args = ["--stage", "2", *TOY, "--workers", "2", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "--stage",
-            "2",
-            *TOY,
-            "--workers",
-            "2",
-            "--out",
-            str(tmp_path),
-        ],
+        [sys.executable, str(ROOT / "train.py"), *args],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
