@@ -109,7 +109,7 @@ TASKS = {
     "text-to-image": Task("{caption}", 3.0, 3.0, needs_cutout=False),
     "reconstruction": Task("The image is <image>\n{caption}", 1.0, 1.0, needs_cutout=False, sizes=(0,)),
     # Which of several things is asked for is one bit a patch: its fine codes' randomness would drown it.
-    "segmentation": Task("The {label} in <image>.", 1.5, 1.5, needs_cutout=True, sizes=(0,), coarse=8.0),
+    "segmentation": Task("The {label} in <image>.", 1.0, 1.5, needs_cutout=True, sizes=(0,), coarse=8.0),
     "recovery": Task("The {label} in <image>.\n{caption}", 2.0, 2.0, needs_cutout=True),
     "subject-driven": Task("The {label} in <image>.\n{caption}", 3.0, 2.0, needs_cutout=True),
     "multi-image": Task("{caption}", 3.0, 2.0, needs_cutout=True, sizes=(1,)),
