@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOY, noisy_model, script
+from conftest import ROOT, TOY, noisy_model
 from PIL import Image
 
 import sample
@@ -353,9 +353,9 @@ def readme_commands():
     return [line for line in lines if re.match(r"python (train|sample|mentor)\.py", line)]
 
 
-def test_readme_commands_run_as_written(trained, tmp_path):
-    """The README's own commands, in order, in one folder (its benches and pip lines apart); for hours of
-    training, two toy steps."""
+def test_readme_commands_run_as_written(trained, tmp_path, monkeypatch, capsys):
+    """The README's own commands, in order, in one folder (its benches and pip lines apart), in this process;
+    for hours of training, two toy steps."""
     commands = readme_commands()
     assert len(commands) >= 8
     (tmp_path / "my_folder").mkdir()
@@ -365,9 +365,10 @@ def test_readme_commands_run_as_written(trained, tmp_path):
     for folder in ("out", "own"):  # the tokenizer is there already
         (tmp_path / folder).mkdir()
         shutil.copy(trained / "tokenizer.pt", tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
     for line in commands:
         name, *args = shlex.split(line)[1:]
         if name == "train.py" and "--export" not in args:
             args += ["--preset", "test", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
-        done = script(name, *args, cwd=tmp_path)
-        assert done.returncode == 0, (line, done.stderr[-500:])
+        code, err, _ = call(monkeypatch, capsys, {"train.py": train, "sample.py": sample}[name].main, *args)
+        assert code == 0, (line, err)
