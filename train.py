@@ -383,7 +383,7 @@ def train(stage, args, device):
     def due(every):
         return run.step % max(1, every) == 0 or run.step == plan.steps
 
-    n_looks = 3 if device.type == "cuda" else 10  # a look takes as long as hundreds of a GPU's steps
+    n_looks = 10 if device.type == "cpu" and plan.steps > 500 else 3  # (one takes long beside a GPU's steps)
     net = parallel(run.model, device, args.compile and stage > 0)
     watched, saved, tick = torch.zeros((), device=device), run.step, time.time()
     since, first = tick, run.step  # of what the next line of the log speaks of

@@ -260,7 +260,7 @@ def test_an_untrained_models_loss_is_that_of_chance(name):
     model, tokenizer = Mentor(config), Tokenizer(config)
     model.codebooks.copy_(tokenizer.codebooks.detach())
     dataset = data.Tasks(data.load_subjects("shapes"), MIXES[2], size, (0,))
-    (batch,) = collate(config, 16, [dataset[i] for i in range(16)])
+    (batch,) = collate(config, 6, [dataset[i] for i in range(6)])
     with torch.no_grad():
         loss = model(*fill_codes(tokenizer, batch, torch.device("cpu"))).mean().item()
     chance = math.log(config.codebook_size)

@@ -126,7 +126,7 @@ def test_codes_stay_alive_in_training_and_pictures_come_back(trained):
     records = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     first, *_, last = [r["held_out"] for r in records if r["stage"] == 0 and "held_out" in r]
     assert min(last["codes"]) > 64 / 3
-    assert last["psnr"] > first["psnr"] + 2 and last["psnr"] > 16
+    assert last["psnr"] > first["psnr"] + 1 and last["psnr"] > 18  # (an untrained one has 10)
 
 
 def test_a_patch_keeps_its_codes_wherever_it_stands_and_whatever_is_beside_it():
