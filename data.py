@@ -98,8 +98,8 @@ def file_subject(root, line):
     mirrored = path.with_name(path.name.replace("_mirror", ""))  # owl_mirror.png is a view of owl.png
     original = mirrored if mirrored.is_file() else path
     sidecar = original.with_suffix(".txt")
-    text = sidecar.read_text("utf-8", "replace") if sidecar.is_file() else str(record.get("label", ""))
-    text = str(record.get("text", text)) or code_point_label(original)
+    beside = sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""
+    text = str(record.get("text", beside)) or str(record.get("label", "")) or code_point_label(original)
     file_or_class = original.stem if path.parent == root else path.parent.name
     text = clean_text(text, MAX_CAPTION) or clean_text(file_or_class, MAX_CAPTION)
     subject_id = record.get("subject_id")
@@ -456,7 +456,7 @@ class Tasks:
                 picture = pictures[indices[rng.integers(len(indices))]]
                 if picture.path not in other_than:
                     image = open_square(picture.path, self.size, rng if any_ground else None)
-                    words = picture.caption if pictures is self.backgrounds else ""  # or the name of a thing
+                    words = picture.caption if pictures is self.backgrounds else ""  # (others name things)
                     return image, clean_text(words, MAX_BACKGROUND), picture.path
         if any_ground and rng.uniform() < 0.65:
             number = int(rng.integers(N_GROUNDS))

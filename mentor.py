@@ -36,7 +36,7 @@ class Config:
     n_head: int = 4
     n_embd: int = 256
     block_size: int = 352       # longest sequence, in tokens: words, references and picture together
-    reference_sizes: tuple = (1.0, 2 / 3)  # a reference enters as it is, or so: big and small of data.SIZES
+    reference_sizes: tuple = (1.0, 2 / 3)  # of references: as it is; as small to big in data.SIZES
 
     @property
     def side(self):  # patches a side of an image

@@ -265,16 +265,16 @@ def turn_hue(image, turn):
 
 
 def fill_outline(sprite, other):
-    """The outline of one sprite with the pixels of another, its mean where it is clear: the inside must be
-    looked at, too."""
+    """One sprite's outline with another's pixels, or their mean: the inside must be looked at, too."""
     mean = other.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))[:3]  # weighed by its alpha
     filled = over(other.resize(sprite.size, Image.Resampling.NEAREST), (*mean, 255))
     filled.putalpha(sprite.getchannel("A"))
     return filled
 
 
-OPERATIONS = {"cut out": 0.16, "another scene": 0.16, "mirror": 0.16, "grey": 0.16, "hue": 0.36}  # in-context
-HUE_TURNS = (85, 171)  # a third of the circle either way: by any angle nothing was learnt
+# What examples show in-context, and how often; hues turn by a third (by any angle they are hardly learnt).
+OPERATIONS = {"cut out": 0.16, "another scene": 0.16, "mirror": 0.16, "grey": 0.16, "hue": 0.36}
+HUE_TURNS = (85, 171)  # in 256ths of the circle
 
 
 def operate(operation, scene, alone, mask, behind, turn):
@@ -488,7 +488,7 @@ def psnr(a, b):
 
 @torch.no_grad()
 def quality(tokenizer, pictures, sheet):
-    """How well pictures (uint8 (H, W, 3) each) survive: dict(psnr: in dB, codes: how many of each codebook
+    """How well pictures (uint8 (H, W, 3) each) survive -> dict(psnr: dB, codes: how many of each codebook
     occur in them). sheet: where to write a PNG of the first 24, before and after."""
     images = to_images(pictures, tokenizer.codebooks.device)
     codes = tokenizer.encode(images)

@@ -209,12 +209,11 @@ def make_plan(stage, args, device):
     schedule = SCHEDULES.get(f"{args.preset} on {device.type}", SCHEDULES[args.preset])
     batch_size = args.batch_size or schedule["batch_size"][stage]
     micro_batch = max(1, min(batch_size // WORLD, schedule["micro_batch"]))
-    # Stage 0 takes all of a process at once, and both pictures of a sample.
-    multiple, unit = (WORLD * 2, "pairs") if stage == 0 else (WORLD * micro_batch, "micro-batches")
-    if batch_size % multiple:
+    unit = 2 if stage == 0 else micro_batch  # (stage 0: both pictures of a sample)
+    if batch_size % (WORLD * unit):
         hint = "; --stage 0 takes a --batch-size of its own" if stage == 0 else ""
-        raise BadInput(f"stage {stage}, --batch-size {batch_size}: give a multiple of {multiple} "
-                       f"({WORLD} processes, each whole {unit}){hint}")
+        raise BadInput(f"stage {stage}, --batch-size {batch_size}: give a multiple of {WORLD * unit} "
+                       f"({WORLD} processes, {unit} at a time){hint}")
     steps, mix = args.steps or schedule["steps"][stage], args.mix if args.mix and stage else MIXES[stage]
     settings = {"preset": args.preset, "data": args.data or ("emoji" if emoji_font() else "shapes"),
                 "backgrounds": args.backgrounds, "mix": mix, "steps": steps, "batch_size": batch_size,
@@ -303,7 +302,8 @@ def stack_pictures(samples):
 def make_loader(run, dataset, n_workers):
     """Batches of the steps to come, composed and laid out by workers."""
     plan = run.plan
-    n = plan.batch_size // (2 if dataset.mix == MIXES[0] else 1)  # samples a step
+    in_pairs = plan.stage == 0 and dataset.mix != PLAIN_MIX
+    n = plan.batch_size // (2 if in_pairs else 1)  # samples a step
     indices = [range(step * n + RANK, (step + 1) * n, WORLD) for step in range(run.step, plan.steps)]
     to_parts = functools.partial(collate, plan.config, plan.micro_batch) if plan.stage else stack_pictures
     return DataLoader(dataset, batch_sampler=indices, collate_fn=to_parts, num_workers=n_workers,
@@ -383,7 +383,7 @@ def train(stage, args, device):
     def due(every):
         return run.step % max(1, every) == 0 or run.step == plan.steps
 
-    n_looks = 10 if device.type == "cpu" and plan.steps > 500 else 3  # (one takes long beside a GPU's steps)
+    n_looks = 10 if device.type == "cpu" and plan.steps > 500 else 3  # (one takes as long as many fast steps)
     net = parallel(run.model, device, args.compile and stage > 0)
     watched, saved, tick = torch.zeros((), device=device), run.step, time.time()
     since, first = tick, run.step  # of what the next line of the log speaks of

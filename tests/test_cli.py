@@ -175,6 +175,13 @@ def test_several_pictures_as_a_grid_or_one_file_each(trained, tmp_path, monkeypa
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "each" / "5.png").read_bytes()
 
 
+def test_the_preset_follows_from_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for given, preset in (((), "gpu"), (("--device", "cpu"), "cpu"), (("--preset", "test"), "test")):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "1", *given])
+        assert train.parse_args().preset == preset
+
+
 def test_export_halves_the_weights_and_draws(trained, tmp_path, monkeypatch, capsys):
     small = tmp_path / "weights" / "toy.pt"
     code, _, out = call(monkeypatch, capsys, train.main, "--export", small, "--out", trained)

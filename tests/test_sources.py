@@ -175,11 +175,8 @@ def test_bad_lines_of_metadata_are_passed_over(tmp_path):
     ]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{not json\n\n")
     subjects = load_subjects(str(folder))
-    assert [s.label for s in subjects] == [
-        "good one",
-        "dark",
-        "no mask",
-    ] and "skipped 11 files" in subjects.report
+    assert [s.label for s in subjects] == ["good one", "dark", "no mask"]
+    assert "skipped 11 files" in subjects.report
     assert cutout(subjects[0]).size == (20, 20)
     for subject, words in ((subjects[1], "its mask is empty"), (subjects[2], "nowhere.png")):
         with pytest.raises(BadInput, match=words):
@@ -189,7 +186,7 @@ def test_bad_lines_of_metadata_are_passed_over(tmp_path):
 
 
 def test_a_class_of_number_0_is_a_label(tmp_path):
-    sprite(tmp_path / "thing.png")
+    sprite(tmp_path / "thing.png").with_suffix(".txt").write_text("")  # says nothing, and hides nothing
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "thing.png", "label": 0, "text": null}')
     assert [subject.label for subject in load_subjects(str(tmp_path))] == ["0"]
 
@@ -207,13 +204,17 @@ def test_the_name_of_a_plain_picture_is_no_background(tmp_path):
 def test_one_photograph_does_not_keep_scenes_from_the_tokenizer(tmp_path):
     for i in range(12):
         sprite(tmp_path / "mine" / f"star {i}.png")
-    picture(tmp_path / "mine" / "photo.jpg")
-    picture(tmp_path / "plain" / "photo.jpg")
+    for folder in ("mine", "plain"):
+        picture(tmp_path / folder / "photo.jpg")
     for folder, mix in (("mine", train.MIXES[0]), ("plain", train.PLAIN_MIX)):
         flags = argparse.Namespace(data=str(tmp_path / folder), backgrounds=None, out=str(tmp_path), seed=0,
                                    preset="test", batch_size=None, steps=None, mix=None)
-        dataset, _ = train.make_datasets(train.make_plan(0, flags, torch.device("cpu")), flags)
+        plan = train.make_plan(0, flags, torch.device("cpu"))
+        dataset = train.make_datasets(plan, flags)[0]
         assert dataset.mix == mix
+        for stage, n in ((0, 16 if folder == "mine" else 32), (2, 32)):  # pairs in stage 0 alone
+            run = argparse.Namespace(plan=plan._replace(stage=stage), step=0)
+            assert len(train.make_loader(run, dataset, 0).batch_sampler[0]) == n
 
 
 def test_pictures_without_a_subject_are_not_views_of_one(tmp_path):
