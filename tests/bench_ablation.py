@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sample import SHIPPED, Parser, at_least, load_checkpoint, run_script, save_checkpoint
-from tokenizer import BadInput, whole_file
-from train import MIXES
+from mentor import BadInput
+from sample import SHIPPED, Parser, at_least, load_checkpoint, run_script, whole_file
+from train import MIXES, save_checkpoint
 
 FIRST, SECOND = MIXES[1], MIXES[2]
 

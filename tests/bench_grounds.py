@@ -7,8 +7,7 @@ cells of random colours, waves that cross each other, and heaps of discs; or par
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import AS_GIVEN, compose, cutout, free_placement, load_subjects
-from tokenizer import open_square
+from data import AS_GIVEN, compose, free_placement, load_subjects, open_cutout, open_square
 
 
 def draw_unseen_ground(size, rng):
@@ -35,7 +34,7 @@ def on_any_ground(cases, size, seed, folder=None):
     folder's photographs; each a pure function of (seed, its number). Raises BadInput."""
     photographs, moved = load_subjects(folder) if folder else (), []
     for case in cases:
-        rng, sprite = np.random.default_rng([seed, case.number, 1]), cutout(case.subject)
+        rng, sprite = np.random.default_rng([seed, case.number, 1]), open_cutout(case.subject)
         grounds = [open_square(photographs[rng.integers(len(photographs))].path, size, rng) if folder
                    else draw_unseen_ground(size, rng) for _ in range(2)]
         reference = np.asarray(compose(sprite, grounds[0], AS_GIVEN)[0])

@@ -37,10 +37,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-from data import AS_GIVEN, BACKGROUNDS, PLACES, SIZES, compose, cutout, draw_background
-from mentor import fill_prompt
-from sample import Parser, add_device_flag, at_least, draw, frame_subjects, load_models, run_script
-from tokenizer import BadInput, psnr, save_sheet, to_arrays, to_images, whole_file
+from data import AS_GIVEN, BACKGROUNDS, PLACES, SIZES, compose, fill_prompt, open_cutout, paint_background
+from mentor import BadInput
+from sample import (Parser, add_device_flag, at_least, draw, frame_subjects, load_models, run_script,
+                    save_sheet, whole_file)
+from tokenizer import to_arrays, to_images
+from train import psnr
 
 # -----------------------------------------------------------------------------------------------------------
 # What is asked of the model
@@ -66,15 +68,15 @@ class Case(NamedTuple):
 
 def some_background(words, size, rng):
     """A drawing of these words that no training has shown."""
-    return draw_background(words, size, int(rng.integers(data.N_BACKGROUNDS, 10**9)))
+    return paint_background(words, size, int(rng.integers(data.N_BACKGROUNDS, 10**9)))
 
 
 def make_cases(subjects, n, image_size, seed):
     """n cases, each a pure function of (seed, index); the subjects take turns."""
-    cases, order = [], np.random.default_rng(seed).permutation(len(subjects))
+    cases, turns = [], np.random.default_rng(seed).permutation(len(subjects))
     for i in range(n):
         rng = np.random.default_rng([seed, i])
-        subject, sprite = subjects[order[i % len(order)]], cutout(subjects[order[i % len(order)]])
+        subject, sprite = subjects[turns[i % len(turns)]], open_cutout(subjects[turns[i % len(turns)]])
         here, there, anywhere = rng.choice(list(BACKGROUNDS), 3, replace=False)
         size, place = LOOKS[rng.integers(len(LOOKS))]
         reference = compose(sprite, some_background(there, image_size, rng), AS_GIVEN)[0]
@@ -98,7 +100,8 @@ def silhouette(sprite, image_size, placement):
 
 def flattened(case):
     """The true picture, its subject one patch of its mean colour: (H, W, 3)"""
-    mask = silhouette(cutout(case.subject), len(case.target), data.named_placement(case.size, case.place))
+    placement = data.named_placement(case.size, case.place)
+    mask = silhouette(open_cutout(case.subject), len(case.target), placement)
     return np.where(mask[..., None], case.target[mask].mean(0), case.target).astype(np.uint8)
 
 
@@ -113,7 +116,7 @@ def templates(subject, image_size, placements=PLACEMENTS):
     H, W), 0 or 1. They go through the placements in order, with as many shifts and mirrorings each."""
     pixels, masks, black, step = [], [], Image.new("RGB", (image_size, image_size)), image_size // 32
     for placement in placements:
-        for sprite in (cutout(subject), ImageOps.mirror(cutout(subject))):
+        for sprite in (open_cutout(subject), ImageOps.mirror(open_cutout(subject))):
             alone, mask = np.asarray(compose(sprite, black, placement)[1]), silhouette(
                 sprite, image_size, placement
             )
@@ -197,7 +200,7 @@ def other_subjects(subjects, true):
 def outline_likeness(subjects, size):
     """What share of two subjects' outlines, one laid over the other, both fill, mirrored or not -> (subjects,
     subjects)"""
-    outlines = np.stack([silhouette(cutout(s), size, AS_GIVEN) for s in subjects]).astype(np.float32)
+    outlines = np.stack([silhouette(open_cutout(s), size, AS_GIVEN) for s in subjects]).astype(np.float32)
     flat, mirrored = (o.reshape(len(subjects), -1) for o in (outlines, outlines[:, :, ::-1]))
     areas, both = flat.sum(1), np.maximum(flat @ flat.T, flat @ mirrored.T)
     return both / (areas[:, None] + areas - both)
@@ -376,7 +379,7 @@ def main():
     add_device_flag(parser)
     args = parser.parse_args()
     started, device = time.time(), torch.device(args.device)
-    model, tokenizer = load_models(args.ckpt, device)
+    model, tokenizer, _ = load_models(args.ckpt, device)
     size, subjects = model.config.image_size, data.load_subjects(args.data)
     has_cutout, is_held_out = subjects.table["has_cutout"], subjects.table["held_out"]
     held_out, trained = ([subjects[i] for i in np.flatnonzero(has_cutout & (is_held_out == wanted))]

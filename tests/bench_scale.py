@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-from mentor import TASKS
-from tokenizer import draw_shape
+from data import TASKS, paint_shape
 
 
 def own_memory():
@@ -31,7 +30,7 @@ def own_memory():
     )
 
 
-class Memory(data.Tasks):
+class Memory(data.TaskDataset):
     """The same samples, but what comes back is the memory of the worker that made them."""
 
     def __getitem__(self, index):
@@ -49,7 +48,7 @@ def main():
         images = Path(place) / "images"
         images.mkdir()
         for i in range(100):
-            draw_shape(data.shape_subjects()[i * 4].path).save(Path(place) / f"{i}.png")
+            paint_shape(data.shape_subjects()[i * 4].path).save(Path(place) / f"{i}.png")
         for i in range(n):
             if i % 1000 == 0:
                 (images / f"class {i // 1000}").mkdir()

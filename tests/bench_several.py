@@ -15,8 +15,7 @@ import numpy as np
 import data
 from bench_quality import (N_OTHERS, draw_all, other_subjects, outline_likeness, some_background,
                            templates)
-from data import AS_GIVEN, BACKGROUNDS, HUE_TURNS, OPERATIONS, compose, cutout, operate
-from mentor import fill_prompt
+from data import AS_GIVEN, BACKGROUNDS, HUE_TURNS, OPERATIONS, compose, fill_prompt, open_cutout, operate
 
 
 class Scene(NamedTuple):
@@ -43,14 +42,14 @@ def make_scenes(subjects, n, size, seed, count=None):
                 chosen.append(subjects[j])
                 labels.add(subjects[j].label)
         here, there = (str(words) for words in rng.choice(list(BACKGROUNDS), 2, replace=False))
-        looks = data.choose_looks(rng, len(chosen))
+        looks = data.choose_placements(rng, len(chosen))
         picture, alone, masks, references = some_background(here, size, rng), [], [], []
         for subject, (placement, _, _) in zip(chosen, looks):
-            picture, on_black, mask = compose(cutout(subject), picture, placement)
+            picture, on_black, mask = compose(open_cutout(subject), picture, placement)
             alone.append(np.asarray(on_black))
             masks.append(np.asarray(mask) >= 128)
             behind = some_background(there, size, rng)
-            references.append(np.asarray(compose(cutout(subject), behind, AS_GIVEN)[0]))
+            references.append(np.asarray(compose(open_cutout(subject), behind, AS_GIVEN)[0]))
         things = [(subject.label, None, place) for subject, (_, _, place) in zip(chosen, looks)]
         caption = data.write_caption(rng, things, here, " <image>")
         placements, _, places = zip(*looks)
@@ -191,10 +190,10 @@ def make_queries(subjects, n, size, seed):
         chosen = [subjects[j] for j in rng.permutation(len(subjects))[:21]]
         words = rng.choice(list(BACKGROUNDS), 3, replace=False)
         behind, *grounds = (some_background(str(w), size, rng) for w in words)
-        looks = [data.choose_looks(rng, 1)[0][0] for _ in range(2)]
+        looks = [data.choose_placements(rng, 1)[0][0] for _ in range(2)]
 
         def answer(subject, ground, look, operation, behind=behind, turn=turn):
-            scene, alone, mask = map(np.asarray, compose(cutout(subject), ground, look))
+            scene, alone, mask = map(np.asarray, compose(open_cutout(subject), ground, look))
             return scene, operate(operation, scene, alone, mask, np.asarray(behind), turn)
 
         own, shown, *rivals = chosen

@@ -3,10 +3,9 @@
     python tests/bench_speed.py                      the cpu preset, or gpu where there is one
     python tests/bench_speed.py --preset test
 
-Composing is one worker's. A training step is forward, backward and optimizers on one micro-batch of the
-stage-2 mix, its codes at hand; encoding makes these codes. A picture is drawn after a reference and a
-caption, with the guidance of the subject-driven task. Each figure is the fastest of several runs. The weights
-are random: they cost what trained ones do.
+Composing is one worker's. A training step is encoding, forward, backward and optimizers on one micro-batch of
+the stage-2 mix. A picture is drawn after a reference and a caption, with the guidance of the subject-driven
+task. Each figure is the fastest of several runs. The weights are random: they cost what trained ones do.
 """
 
 import argparse
@@ -23,10 +22,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-from mentor import CONFIGS, TASKS, Mentor, fill_prompt, generate, reference_patches
-from sample import Parser, add_device_flag, collate, fill_codes, run_script
-from tokenizer import Tokenizer, has_bf16
-from train import MIXES, SCHEDULES, Run, can_compile, make_optimizers, make_plan, parallel, train_step
+from data import TASKS, fill_prompt
+from mentor import CONFIGS, Mentor, generate, has_bf16
+from sample import Parser, add_device_flag, run_script
+from tokenizer import Tokenizer
+from train import (MIXES, SCHEDULES, Run, can_compile, collate, fill_codes, make_optimizers, make_plan,
+                   parallel, train_step)
 
 # Of dense bf16 matrices, a second, by the makers' data sheets; a multiply-add counts as two.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -76,7 +77,7 @@ def photographs(folder, n=6):
 
 
 def samples_per_second(config, size, backgrounds, n=64):
-    dataset = data.Tasks(data.load_subjects(), MIXES[2], config.image_size, (0,), True, backgrounds)
+    dataset = data.TaskDataset(data.load_subjects(), MIXES[2], config.image_size, (0,), True, backgrounds)
 
     def compose():
         collate(config, size, [dataset[i] for i in range(n)])
@@ -120,11 +121,10 @@ def main():
             torch.nn.init.normal_(parameter, std=0.02)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     row("parameters of the transformer", f"{n_parameters / 1e6:.1f} million")
-    dataset = data.Tasks(data.load_subjects(), MIXES[2], config.image_size, (0,))
+    dataset = data.TaskDataset(data.load_subjects(), MIXES[2], config.image_size, (0,))
     batch = collate(
         config, size, sorted((dataset[i] for i in range(4 * size)), key=lambda s: len(s.references))
     )[-1]
-    inputs, weights = fill_codes(tokenizer, batch, device), [x.to(device) for x in batch[3:]]
     seconds = fastest(lambda: fill_codes(tokenizer, batch, device), device)
     row(f"encode {len(batch.pictures)} pictures", f"{1000 * seconds:.1f} ms")
 
@@ -138,10 +138,10 @@ def main():
         make_optimizers(model, has_bf16(device), fused=device.type == "cuda"),
         known={},
     )
-    shape = " x ".join(map(str, inputs[0].shape[:2]))
+    shape = " x ".join(map(str, batch.tokens.shape[:2]))
     for compiled in (False, True)[: 1 + can_compile(device)]:
         net = parallel(model, device, compiled)
-        seconds = fastest(lambda: train_step(run, net, [(inputs, weights)], 1e-5), device)
+        seconds = fastest(lambda: train_step(run, net, [batch], 1e-5), device)
         share = share_of_peak(model, [batch.lengths], seconds)
         words = "" if share is None else f", {share:.0%} of {peak_flops(device) / 1e12:.0f} TFLOP/s"
         row(
@@ -151,13 +151,13 @@ def main():
 
     model.eval()
     task = TASKS["subject-driven"]
-    n_patches = len(reference_patches(config, task.sizes))
-    reference = torch.randint(config.codebook_size, (n_patches, config.n_codebooks))
+    shape = len(task.copies), config.n_patches, config.n_codebooks
+    reference = torch.randint(config.codebook_size, shape)
     prompt = (fill_prompt("subject-driven", ["dog"], "a small dog on the beach, on the left"), [reference])
     for n in (1, 8, 32):
         seconds = fastest(
             lambda: generate(
-                model, [prompt], task.sizes, n=n, cfg_image=task.cfg_image, cfg_text=task.cfg_text
+                model, [prompt], task.copies, n=n, cfg_image=task.cfg_image, cfg_text=task.cfg_text
             ),
             device,
             times=3,

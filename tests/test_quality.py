@@ -12,8 +12,8 @@ import bench_quality
 import bench_several
 import bench_speed
 import data
+from data import emoji_font
 from mentor import CONFIGS, Mentor
-from tokenizer import emoji_font
 from bench_grounds import on_any_ground
 from bench_quality import copying, cutting_out, draw_cases, flattened, judge, make_cases, summary
 
@@ -46,13 +46,13 @@ def test_copying_the_reference_keeps_the_subject_and_not_the_prompt(cases):
 
 
 def test_another_subject_in_the_right_scene_keeps_the_prompt_and_not_the_subject(cases):
-    rng, drawn = np.random.default_rng(0), []
+    drawn = []
     for case, other in zip(cases, cases[1:] + cases[:1]):
-        background = data.draw_background(case.background, 64, case.number)
+        background = data.paint_background(case.background, 64, case.number)
         drawn.append(
             np.asarray(
                 data.compose(
-                    data.cutout(other.subject), background, data.named_placement(case.size, case.place)
+                    data.open_cutout(other.subject), background, data.named_placement(case.size, case.place)
                 )[0]
             )
         )

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from mentor import Config
-from tokenizer import Tokenizer, nearest, psnr, to_arrays, to_images
+from tokenizer import Tokenizer, nearest, to_arrays, to_images
+from train import psnr
 
 SMALL = Config(n_codebooks=2, codebook_size=64, code_dim=8, channels=16)
 
