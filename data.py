@@ -1,13 +1,14 @@
-"""What a model is taught with, composed on the fly:
+"""What a model is taught with, composed on the fly. From one emoji to one training row, in order of calls:
 
-    cut-outs + background + placements -> scene -> sample (prompt, references, target) -> batch
+    emoji_subjects -> Subjects -> TaskDataset.__getitem__ -> the task's method (open_cutout, vary, scene)
+    -> Sample -> train.collate and lay_out (fill_prompt, mentor.build_sequence) -> Batch -> train.fill_codes
 
-    subject      a thing with a label; several pictures may show it (its views)
+    subject      a thing with a label. A Subject is one picture of it; others are its views
     cut-out      an RGBA image of a subject alone, cropped to its mask; on black: in its place, on black
-    background   what is behind the subjects. A caption names its words; one without words is a ground
+    background   what is behind the subjects. It has words if a caption can name it. A ground has none
     placement    where a cut-out stands. A scene is one or more cut-outs on a background
     reference    a picture in the prompt. The target is the picture to draw
-    copy         of a reference: copy 0 shows it as it is, copy 1 at two thirds; a task uses one or both
+    copy         of a reference: copy 0 shows it as it is, copy 1 at two thirds. A task uses one or both
     paint, draw  code paints a picture with Pillow; the model draws one, patch by patch
 """
 import functools
@@ -88,10 +89,12 @@ def over(image, colour):
 
 
 def square_of(image, size, share=1, x=0.5, y=0.5):
-    """A square part of an image, its side a share of the shorter one, x, y shares of the room: size x size"""
+    """A square part of an image -> size x size. Its side is a share of the shorter side; x, y are shares of
+    the space that is left."""
     side = share * min(image.size)
     left, top = (at * (n - side) for at, n in zip((x, y), image.size))
-    return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side), 3)
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=3)
 
 
 def open_square(path, size, rng=None):
@@ -164,9 +167,9 @@ BACKGROUNDS = {
 
 
 @functools.lru_cache(maxsize=1500)
-def paint_background(words, size, number):
-    """The background of these words -> RGB, size x size. Each number has its own light and details."""
-    rng = np.random.default_rng([number, list(BACKGROUNDS).index(words)])
+def paint_background(words, size, variant):
+    """The background of these words -> RGB, size x size. Each variant has its own light and details."""
+    rng = np.random.default_rng([variant, list(BACKGROUNDS).index(words)])
     big = 2 * size  # painted twice as large and averaged: smooth edges
     light = rng.uniform(0.9, 1.1) if words.endswith("background") else rng.uniform(0.9, 1.1, 2).repeat(2)
     colours = np.clip(np.array(BACKGROUNDS[words]) * np.reshape(light, (-1, 1)), 0, 255)  # (4, 3)
@@ -207,9 +210,9 @@ def paint_background(words, size, number):
 
 
 @functools.lru_cache(maxsize=N_GROUNDS)
-def paint_ground(size, number, subject):
+def paint_ground(size, variant, subject):
     """A ground of any look -> RGB: plain, a gradient, soft noise, a pattern, or the inside of a subject."""
-    rng = np.random.default_rng(number)
+    rng = np.random.default_rng(variant)
     kind = rng.choice(["gradient", "noise", "pattern", "inside"], p=[0.42, 0.23, 0.1, 0.25])
     colours, angle = rng.uniform(0, 255, (3, 3)), rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:size, :size] / (size - 1) - 0.5
@@ -239,8 +242,8 @@ MAX_LABEL, MAX_BACKGROUND, MAX_CAPTION = 5, 8, 20  # words
 
 
 def clean_text(text, limit=None):
-    """A text as the model knows it, in training and in sample.py alike: its first line in small letters,
-    without full stop or <image>, at most `limit` words."""
+    """A text as the model knows it, in training and in sample.py alike: its first line in lowercase, without
+    full stop or <image>, at most `limit` words."""
     text = " ".join(text.strip().split("\n")[0].lower().replace("<image>", " ").split())
     starts = [word.start() for word in WORD.finditer(text)] + [None]
     return text[:starts[limit] if limit and limit < len(starts) else None].rstrip("., ")
@@ -390,7 +393,7 @@ def is_held_out(subject, by_label=True):
     return subject.split == "test" if subject.split else one_in_ten
 
 
-# subject: a number that its pictures share; start, end: of its line. (Unaligned, searchsorted would copy.)
+# subject: an id that its pictures share; start, end: of its line. (Unaligned, searchsorted would copy.)
 FIELDS = np.dtype([("subject", "i8"), ("start", "i8"), ("end", "i8"), ("held_out", "?"), ("has_cutout", "?")],
                   align=True)
 
@@ -412,8 +415,8 @@ class Subjects:
 
     def other_views(self, i):
         """Indices of all other cut-outs that show the subject of picture i."""
-        numbers, has_cutout = self.table["subject"], self.table["has_cutout"]
-        views = range(*np.searchsorted(numbers, [numbers[i], numbers[i] + 1]))
+        ids, has_cutout = self.table["subject"], self.table["has_cutout"]
+        views = range(*np.searchsorted(ids, [ids[i], ids[i] + 1]))
         return [view for view in views if view != i and has_cutout[view]]
 
 
@@ -425,13 +428,13 @@ def load_subjects(sources=None):
     sources = [source for source in (sources or "emoji").split(",") if source]
     if len({Path(source).resolve().name for source in sources}) < len(sources):
         raise BadInput(f"{','.join(sources)}: two sources of one name: rename one folder")
-    numbers, labels, rows, skipped, lines = {}, set(), [], [], bytearray()
+    ids, labels, rows, skipped, lines = {}, set(), [], [], bytearray()  # ids: of subjects, by name
     for source in sources:
         before, builtin = len(rows), {"emoji": emoji_subjects, "shapes": shape_subjects}.get(source)
         for subject in builtin() if builtin else folder_subjects(source, skipped):
-            start, number = len(lines), numbers.setdefault(subject.name, len(numbers))
+            start, subject_id = len(lines), ids.setdefault(subject.name, len(ids))
             lines += json.dumps(subject).encode()
-            rows.append((number, start, len(lines), is_held_out(subject), subject.has_cutout))
+            rows.append((subject_id, start, len(lines), is_held_out(subject), subject.has_cutout))
             labels.add(subject.label)
         if len(rows) == before:
             endings, why = ", ".join(sorted(IMAGE_ENDINGS)), "".join(skipped[:1])
@@ -442,7 +445,7 @@ def load_subjects(sources=None):
     table["held_out"] = np.bincount(table["subject"], table["held_out"])[table["subject"]] > 0  # all views
     table = table[table["subject"].argsort(kind="stable")]
     views, n_cutouts = np.bincount(table["subject"]), table["has_cutout"].sum()
-    report = (f"{len(table)} images, {n_cutouts} of them cut-outs; {len(numbers)} subjects, {len(labels)} "
+    report = (f"{len(table)} images, {n_cutouts} of them cut-outs; {len(ids)} subjects, {len(labels)} "
               f"labels, {(views * (views - 1)).sum()} pairs of views; skipped {len(skipped)} files"
               + "".join(f"\n  {why}" for why in skipped[:3]))
     return Subjects(lines, table, report)
@@ -500,7 +503,7 @@ def write_caption(rng, things, background, mark=""):
         phrases.append(f"{thing} {place}".strip())
     named = " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
     wordings = [f"{background}, {named}", f"{named}, {background}"]
-    if len(things) == 1:  # then it is the thing, and this is its place
+    if len(things) == 1:  # thing and place are those of the only one
         wordings.insert(0, f"{thing} {background}, {place}")
     return wordings[rng.integers(len(wordings))].strip(" ,")
 
@@ -595,7 +598,7 @@ class Scene(NamedTuple):
     on_black: list          # pictures
     masks: list             # how much of each pixel the subject covers
     places: list            # in words, or None
-    background: Background
+    background_name: str
 
     def sample(self, *references):
         mask = np.maximum.reduce(self.masks)
@@ -604,40 +607,41 @@ class Scene(NamedTuple):
 
 # ---- Tasks ------------------------------------------------------------------------------------------------
 # To add one, colourisation say: a row in TASKS; a method of the same name (with _ for -) in TaskDataset,
-# whose samples have as many references as the prompt has <image>; a share in train.py's MIXES.
+# whose samples have as many references as the prompt has <image>; a share in train.py's MIXES. (To ask for it
+# on the command line, see which_task in sample.py.)
 
 class Task(NamedTuple):
-    prompt: str            # a reference stands at each <image>
-    cfg_image: float       # its guidance towards the references
-    cfg_text: float        # and towards the text: copying wants little, composing more
-    needs_cutout: bool     # False: a picture without alpha or mask will do
-    copies: tuple = (0, 1)      # which copies of a reference enter: those whose size its targets have
+    prompt: str                 # a reference stands at each <image>
+    cfg_image: float            # guidance towards the references
+    cfg_text: float             # and towards the text: copying wants little, composing more
+    needs_cutout: bool = True   # False: a plain picture will do
+    copies: tuple = (0, 1)      # which copies of a reference the prompt has: the sizes of its targets
     coarse: float = 1.0         # weight of a patch's coarsest code in the loss; the others have 1
-    hide_picture: float = 0.15  # how often training hides the picture drawn so far
+    hide_picture: float = 0.15  # how often training hides the target's earlier patches
 
 
+# The prompt alone tells the model its task. (So recovery and subject-driven are one task to it.)
 TASKS = {
-    # Words alone decide here, and what is drawn so far would tell it sooner: so that is mostly hidden.
+    # Words alone decide here, and what is drawn so far would tell sooner: so that is mostly hidden.
     "text-to-image": Task("{caption}", 3.0, 3.0, needs_cutout=False, hide_picture=0.65),
     "reconstruction": Task("The image is <image>\n{caption}", 1.0, 1.0, needs_cutout=False, copies=(0,)),
-    # Which of several things is meant is one bit a patch. The randomness of the fine codes would drown it.
-    "segmentation": Task("The {label} in <image>.", 1.0, 1.5, needs_cutout=True, copies=(0,), coarse=8.0,
-                         hide_picture=0.3),
-    "recovery": Task("The {label} in <image>.\n{caption}", 2.0, 2.0, needs_cutout=True),
-    "subject-driven": Task("The {label} in <image>.\n{caption}", 3.0, 2.0, needs_cutout=True),
+    # Which of several things is meant is one bit per patch. The randomness of the fine codes would drown it.
+    "segmentation": Task("The {label} in <image>.", 1.0, 1.5, copies=(0,), coarse=8.0, hide_picture=0.3),
+    "recovery": Task("The {label} in <image>.\n{caption}", 2.0, 2.0),
+    "subject-driven": Task("The {label} in <image>.\n{caption}", 3.0, 2.0),
     # Its caption has the references in it, each behind its label: "a dog <image> and a cat <image>".
-    "multi-image": Task("{caption}", 3.0, 2.0, needs_cutout=True, copies=(1,)),
-    "in-context": Task("<image> becomes <image>.\n<image> becomes", 2.0, 1.0, needs_cutout=True, copies=(0,)),
+    "multi-image": Task("{caption}", 3.0, 2.0, copies=(1,)),
+    "in-context": Task("<image> becomes <image>.\n<image> becomes", 2.0, 1.0, copies=(0,)),
 }
 
 
-def fill_prompt(task, labels=("",), caption=""):
-    """-> the n + 1 texts around n references"""
-    return TASKS[task].prompt.format(label=labels[0], caption=caption).split("<image>")
+def fill_prompt(task, labels=(), caption=""):
+    """-> the n + 1 texts around n references. The first label fills {label}."""
+    return TASKS[task].prompt.format(label="".join(labels[:1]), caption=caption).split("<image>")
 
 
 def reference_copies(config, task, picture):
-    """A reference, uint8 (H, W, 3) -> a picture for each copy that the task uses, shrunk to the middle"""
+    """A reference, uint8 (H, W, 3) -> the copies that the task uses: shrunk, in the middle, edges repeated"""
     pictures = []
     for size in (config.reference_sizes[index] for index in TASKS[task].copies):
         wider = widened(picture, round(len(picture) * (1 / size - 1) / 2))  # at size 1 the picture itself
@@ -650,15 +654,16 @@ class Sample(NamedTuple):
     caption: str
     references: list      # uint8 (H, W, 3) each
     target: np.ndarray    # uint8 (H, W, 3): the picture to draw
-    mask: np.ndarray      # uint8 (H, W): how much of each pixel of the target the subject covers; else 0
+    mask: np.ndarray      # uint8 (H, W): how much of each pixel of the target the subject covers
     task: str = ""
-    hide: str = ""        # from the model: "text", "all" (mentor.hide_condition), or "picture": drawn so far
+    hide: str = ""        # from the model in training: "text", "all" (mentor.hide_condition); or "picture",
+                          # the target's earlier patches (train.lay_out)
 
 
 class TaskDataset:
     """A map-style dataset of Sample. Item `index` is a pure function of (seed, index), whatever the workers.
     mix: task -> its share. seed: a list of numbers. train: subjects that are not held out, whose looks vary
-    unless they have other views; else those held out."""
+    unless they have other views; without it those held out, as they are."""
     def __init__(self, subjects, mix, size, seed, train=True, backgrounds=()):
         self.subjects, self.mix, self.size, self.seed, self.train = subjects, mix, size, seed, train
         self.backgrounds = backgrounds
@@ -674,9 +679,9 @@ class TaskDataset:
 
     def __getitem__(self, index):
         rng = np.random.default_rng([*self.seed, index])
-        task = str(rng.choice(list(self.mix), p=list(self.mix.values())))
-        make = getattr(self, task.replace("-", "_"))
-        pool, hidden = self.cutouts if TASKS[task].needs_cutout else self.all, TASKS[task].hide_picture
+        name = str(rng.choice(list(self.mix), p=list(self.mix.values())))
+        task, make = TASKS[name], getattr(self, name.replace("-", "_"))
+        pool = self.cutouts if task.needs_cutout else self.all
         for _ in range(100):
             i = pool[rng.integers(len(pool))]
             try:
@@ -684,8 +689,10 @@ class TaskDataset:
             except BadInput as error:  # a broken file: another subject takes its place
                 say_once(f"skipped: {error}")
                 continue
-            hide = ["all", "text", "picture", ""][rng.choice(4, p=[0.1, 0.05, hidden, 0.85 - hidden])]
-            return sample._replace(task=task, hide=hide)
+            # Guidance compares with "all" and "text" hidden.
+            shares = {"all": 0.1, "text": 0.05, "picture": task.hide_picture, "": 0.85 - task.hide_picture}
+            hide = list(shares)[rng.choice(len(shares), p=list(shares.values()))]
+            return sample._replace(task=name, hide=hide)
         raise BadInput("a hundred images in a row could not be read")
 
     # One method for each task: picture i, which shows `subject` -> Sample
@@ -708,12 +715,14 @@ class TaskDataset:
     def segmentation(self, i, subject, rng):
         """The target is a subject's cut-out on black: of the only subject, or of one of several, asked for by
         label, by place or by both. Looks do not vary where labels have to tell them apart."""
-        numbers = self.different(i, rng.choice([1, 2, 3, 4], p=[0.15, 0.2, 0.25, 0.4]), rng)
-        asked_by = str(rng.choice(["label", "place", "both"], p=[0.75, 0.17, 0.08])) * (len(numbers) > 1)
-        cutouts = [self.cutout(number, rng, change=asked_by != "label") for number in numbers]
-        scene = self.scene(numbers, cutouts, rng, anywhere=0.7, any_ground=True)
-        place = scene.places[0]
-        asked = {"place": f"thing {place}", "both": f"{subject.label} {place}"}.get(asked_by, subject.label)
+        indices = self.different(i, rng.choice([1, 2, 3, 4], p=[0.15, 0.2, 0.25, 0.4]), rng)
+        asked_by = rng.choice(["label", "place", "both"], p=[0.75, 0.17, 0.08])
+        if len(indices) == 1:
+            asked_by = ""
+        cutouts = [self.cutout(j, rng, change=asked_by != "label") for j in indices]
+        scene = self.scene(indices, cutouts, rng, anywhere=0.7, any_ground=True)
+        name, place = "thing" if asked_by == "place" else subject.label, scene.places[0]
+        asked = f"{name} {place}" if asked_by in ("place", "both") else name
         return Sample((asked,), scene.caption, [scene.picture], scene.on_black[0], scene.masks[0])
 
     def recovery(self, i, subject, rng):
@@ -739,7 +748,7 @@ class TaskDataset:
         others = [behind.name]
         for j in (self.different(i, 2, rng)[-1], i):  # the example's picture, then the query
             scene = self.scene([j], [self.cutout(j, rng)], rng, other_than=others, any_ground=True)
-            others.append(scene.background.name)
+            others.append(scene.background_name)
             layers = scene.on_black[0], scene.masks[0], np.asarray(behind.image)
             pictures += [scene.picture, operate(operation, scene.picture, *layers, turn)]
         *references, target = pictures
@@ -765,9 +774,9 @@ class TaskDataset:
     def different(self, i, n, rng):
         """Picture i and up to n - 1 more cut-outs, all with different labels -> list of indices"""
         chosen = {self.subjects[i].label: i}
-        for number in rng.choice(self.cutouts, 20):  # (there may be fewer labels)
+        for j in rng.choice(self.cutouts, 20):  # (there may be fewer labels)
             if len(chosen) < n:
-                chosen.setdefault(self.subjects[number].label, number)
+                chosen.setdefault(self.subjects[j].label, j)
         return list(chosen.values())
 
     def background(self, rng, other_than=(), any_ground=False):
@@ -784,16 +793,16 @@ class TaskDataset:
             if picture.path not in other_than:
                 return Background(open_square(picture.path, self.size, rng), "", picture.path)
         if any_ground and rng.uniform() < 0.65:
-            number = int(rng.integers(N_GROUNDS))
-            subject = self.subjects[self.cutouts[zlib.crc32(b"%d" % number) % len(self.cutouts)]]
-            image = paint_ground(self.size, number, subject).transpose(int(rng.integers(7)))
+            variant = int(rng.integers(N_GROUNDS))
+            subject = self.subjects[self.cutouts[zlib.crc32(b"%d" % variant) % len(self.cutouts)]]
+            image = paint_ground(self.size, variant, subject).transpose(int(rng.integers(7)))
             return Background(image, "", "")
         words = str(rng.choice([words for words in BACKGROUNDS if words not in other_than]))
         image = paint_background(words, self.size, int(rng.integers(N_BACKGROUNDS)))
         return Background(ImageOps.mirror(image) if rng.uniform() < 0.5 else image, words, words)
 
-    def scene(self, numbers, cutouts, rng, anywhere=0.0, other_than=(), any_ground=False, mark=""):
-        """Cut-outs of the pictures `numbers` -> Scene. Other arguments: see choose_placements, background and
+    def scene(self, indices, cutouts, rng, anywhere=0.0, other_than=(), any_ground=False, mark=""):
+        """Cut-outs of these pictures -> Scene. Other arguments: see choose_placements, background and
         write_caption."""
         chosen, on_black, masks = choose_placements(rng, len(cutouts), anywhere), [], []
         background = self.background(rng, other_than, any_ground)
@@ -802,23 +811,23 @@ class TaskDataset:
             image, alone, mask = compose(cutout, image, placement)
             on_black.append(np.asarray(alone))
             masks.append(np.asarray(mask))
-        labels = tuple(self.subjects[number].label for number in numbers)
+        labels = tuple(self.subjects[i].label for i in indices)
         things = [(label, size, place) for label, (_, size, place) in zip(labels, chosen)]
         caption = write_caption(rng, things, background.words, mark) if background.words else ""
         places = [place for _, _, place in chosen]
-        return Scene(np.asarray(image), caption, labels, on_black, masks, places, background)
+        return Scene(np.asarray(image), caption, labels, on_black, masks, places, background.name)
 
     def elsewhere(self, cutout, placement, scene, rng):
         """A reference: the cut-out on another background than the scene's -> uint8 (H, W, 3)"""
-        background = self.background(rng, [scene.background.name], any_ground=True)
+        background = self.background(rng, [scene.background_name], any_ground=True)
         return np.asarray(compose(cutout, background.image, placement)[0])
 
-    def redrawn(self, numbers, rng, mark=""):
+    def redrawn(self, indices, rng, mark=""):
         """A scene of these pictures' subjects; the references show each elsewhere, in another view if any."""
-        cutouts, references = [self.cutout(number, rng) for number in numbers], []
-        scene = self.scene(numbers, cutouts, rng, mark=mark)
-        for number, cutout in zip(numbers, cutouts):
-            if views := self.subjects.other_views(number):
+        cutouts, references = [self.cutout(i, rng) for i in indices], []
+        scene = self.scene(indices, cutouts, rng, mark=mark)
+        for i, cutout in zip(indices, cutouts):
+            if views := self.subjects.other_views(i):
                 cutout = open_cutout(self.subjects[views[rng.integers(len(views))]], self.size)
             where = AS_GIVEN if rng.uniform() < 0.65 else free_placement(rng)
             references.append(self.elsewhere(cutout, where, scene, rng))

@@ -71,29 +71,29 @@ def autocast(device):
 
 
 # ---- Words ------------------------------------------------------------------------------------------------
-# The hash of a word names two rows of one table, which are added (the hashing trick). So every word of every
-# script has a vector. The first five rows are for tokens that are not words; such a token has its row twice.
+# The hash of a word gives two indices into one table, whose vectors are added (the hashing trick). So every
+# word of every script has a vector. The first five indices are for tokens that are not words.
 
-N_ROWS = 4096
+WORD_TABLE_SIZE = 4096
 BOS, BOI, EOI, HIDDEN, PATCH = range(5)  # begin of sequence, begin and end of image, hidden patch, patch
 WORD = re.compile(r"\w+|[^\w\s]")  # a word or a sign
 
 
 def words_of(text):
-    """The words and signs of a text in small letters, without a final s: dogs are dog. "an" becomes "a"."""
+    """The words and signs of a text in lowercase. dogs becomes dog (bus and glass stay), an becomes a."""
     return ["a" if word == "an" else re.sub("(?<=..[^s])s$", "", word) for word in WORD.findall(text.lower())]
 
 
-def word_rows(word):
-    """-> two rows of the table, the same on every machine"""
-    first, second = divmod(zlib.crc32(word.encode()) % (N_ROWS - 5) ** 2, N_ROWS - 5)
+def word_ids(word):
+    """-> two indices into the word table, the same on every machine"""
+    first, second = divmod(zlib.crc32(word.encode()) % (WORD_TABLE_SIZE - 5) ** 2, WORD_TABLE_SIZE - 5)
     return first + 5, second + 5
 
 
 # ---- The sequence -----------------------------------------------------------------------------------------
 
-# The columns of a token: its two rows, where it stands (order, row, column), the codes of a patch.
-ROWS, POSITION, CODES = slice(0, 2), slice(2, 5), slice(5, None)
+# A token is 5 + k integers: two indices into the word table, its position, and k codes if it is a patch.
+WORD_IDS, POSITION, CODES = slice(0, 2), slice(2, 5), slice(5, None)
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def patch_grid(side):
 
 @functools.cache
 def copy_patches(config, index):
-    """The patches that copy `index` of a reference fills, in the middle of the canvas: numbers below N"""
+    """The patches of the canvas that copy `index` of a reference covers, in its middle: indices below N"""
     size, side = config.reference_sizes[index], config.side
     first, end = math.floor(side * (1 - size) / 2), math.ceil(side * (1 + size) / 2)
     return torch.arange(side * side).view(side, side)[first:end, first:end].flatten()
@@ -113,35 +113,36 @@ def copy_patches(config, index):
 def build_sequence(config, pieces, references, copies, target=None):
     """Texts with images between them -> tokens (T, 5 + k). Raises BadInput if they are too long.
 
-    pieces: strings. references: at most one behind each piece: the codes of its copies (copies, N, k), of
-    which those patches enter that the copy fills. copies: which ones, indices of reference_sizes. target: the
-    codes of the picture (N, k). k is n_codebooks, or 1: a patch's number, where codes come later (train.py).
+    pieces: strings. references: tensors (len(copies), N, k), the first after the first piece and so on.
+    copies: indices into config.reference_sizes, ascending; only the patches that a copy covers become tokens.
+    target: (N, k), the picture to draw; without it the sequence ends with <boi>, ready to draw. k is
+    n_codebooks, or 1 while a patch has an index instead of codes (train.lay_out).
 
-    With a target, the last N tokens are <boi> and all patches of the picture but the last: each predicts the
-    patch that comes next. Without a target, <boi> is last, ready to draw.
+                    <bos> the dog in <boi> c... s... <eoi> a dog <boi> t1 ... t63
+        order         0    1   2  3    4    5    6     7   8  9   10  10 ... 10
+        row, column  0,0  0,0  ...    0,0  its own    0,0  ...    0,0 0,1 ... 7,7
 
-    Positions: order counts words; an image takes a step for <boi>, one for each copy, one for <eoi>. Row and
-    column are those of a reference's patch; words have none and stand at 0, 0, like the first patch. A token
-    of the picture stands where the patch is that it PREDICTS. So it differs from the same patch of a
-    reference in the order alone, which is easy to copy."""
+    <boi> and the patches of the picture stand where the patch is that they PREDICT, the next one. So the
+    position of what draws a patch differs from that of the same patch of a reference in the order alone,
+    which makes copying easy to learn. Words have no place in an image: they stand at 0, 0."""
     tokens, k = [], config.n_codebooks if target is None else target.shape[1]
 
-    def add(rows, order, grid=0, codes=0):
-        token = np.zeros((len(rows), 5 + k), int)
-        token[:, ROWS], token[:, 2], token[:, 3:5], token[:, CODES] = rows, order, grid, codes
+    def add(ids, order, grid=0, codes=0):
+        token = np.zeros((len(ids), 5 + k), int)
+        token[:, WORD_IDS], token[:, 2], token[:, 3:5], token[:, CODES] = ids, order, grid, codes
         tokens.append(token)
 
-    grid, patches = patch_grid(config.side).numpy(), [copy_patches(config, index) for index in copies]
+    grid, covered = patch_grid(config.side).numpy(), [copy_patches(config, index) for index in copies]
     add([(BOS, BOS)], 0)
     order = 1
     for i, piece in enumerate(pieces):
-        words = np.array([word_rows(word) for word in words_of(piece)]).reshape(-1, 2)
+        words = np.array([word_ids(word) for word in words_of(piece)]).reshape(-1, 2)
         add(words, order + np.arange(len(words)))
         order += len(words)
         if i < len(references):
             add([(BOI, BOI)], order)
-            for index, filled, codes in zip(copies, patches, references[i].cpu()):
-                add([(PATCH, PATCH)] * len(filled), order + 1 + index, grid[filled], codes[filled])
+            for index, patches, codes in zip(copies, covered, references[i].cpu()):
+                add([(PATCH, PATCH)] * len(patches), order + 1 + index, grid[patches], codes[patches])
             add([(EOI, EOI)], order + 2 + copies[-1])
             order += 3 + copies[-1]
     room = config.block_size - sum(map(len, tokens)) - config.n_patches
@@ -175,7 +176,7 @@ def rotary_table(positions, config):
     """positions (B, T, 3) -> cos, sin (B, 1, T, head_dim), as `rotate` takes them.
     Half of the pairs turn with the order, a quarter each with row and column. Position 0 has cos 1 and sin 0,
     the identity (a table of zeros would blind attention to the prefix, as it did in LlamaGen). Rows and
-    columns turn by half a turn per patch to half a turn per image: copying must tell neighbours apart."""
+    columns turn by half a turn per patch to some half a turn per image: copying tells neighbours apart."""
     head_dim, side, angles = config.n_embd // config.n_head, config.side, []
     n_order, n_grid = head_dim // 4, head_dim // 8  # pairs that turn with the order; with row or column
     for axis, (n_pairs, fastest, base) in enumerate([(n_order, 1.0, 10000)] + 2 * [(n_grid, torch.pi, side)]):
@@ -261,7 +262,7 @@ class Mentor(nn.Module):
         super().__init__()
         self.config = config
         levels, K, C = config.n_codebooks, config.codebook_size, config.n_embd
-        self.word_embedding = nn.Embedding(N_ROWS, C)
+        self.word_embedding = nn.Embedding(WORD_TABLE_SIZE, C)
         self.code_embedding = nn.Parameter(torch.empty(levels, K, C))
         self.code_proj = nn.Parameter(torch.empty(levels, config.code_dim, C))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -271,8 +272,9 @@ class Mentor(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Similar codes start out similar. Every proj is zero: a block starts as the identity. head_gain is
-        small: else a model that passes its input on would be sure that the last code comes again."""
+        """Similar codes start out similar. The last matrix of attention and MLPs is zero, so that a block
+        starts as the identity. head_gain is small: else a model that passes its input on would be sure that
+        the last code comes again."""
         nn.init.normal_(self.word_embedding.weight, std=0.02)
         nn.init.normal_(self.code_embedding, std=0.1)
         nn.init.normal_(self.code_proj, std=0.2)
@@ -286,17 +288,17 @@ class Mentor(nn.Module):
                 nn.init.constant_(parameter, 1.5)
 
     def code_table(self):
-        """A vector for every code: a list of (codebook_size, n_embd), one for each level. It is an embedding
-        plus a projection of the codebook vector, brought to a mean length of 1, so that coarse levels do not
-        drown the fine ones. The same vectors are the head: what attention copies from a reference is at once
-        the logit of that code."""
+        """The vectors of all codes: a list of (codebook_size, n_embd), one for each level. A vector is a
+        learned embedding plus a projection of the codebook vector. Codebook vectors are first scaled to a
+        mean length of 1 per level, because coarse ones are much longer. The output head is tied to the
+        table: a reference's patch that attention passes on raises the logits of its own codes."""
         norms = self.codebooks.norm(dim=-1).mean(-1).clamp_min(1e-6)  # (n_codebooks,)
         table = self.code_embedding + (self.codebooks / norms[:, None, None]) @ self.code_proj
         return list(table.unbind())  # (indexing it level by level would make full-size gradients)
 
     def embed(self, tokens, table):
         """(B, T, 5 + n_codebooks) -> (B, T, n_embd): text by its two rows, a patch by its codes."""
-        text = self.word_embedding(tokens[..., ROWS]).sum(-2)
+        text = self.word_embedding(tokens[..., WORD_IDS]).sum(-2)
         patches = sum(F.embedding(codes, level) for codes, level in zip(tokens[..., CODES].unbind(-1), table))
         return torch.where(tokens[..., :1] == PATCH, patches, text)
 
@@ -307,34 +309,34 @@ class Mentor(nn.Module):
             x = block(x, rotary, caches[i] if caches else None)
         return rms_norm(x)
 
-    def logits(self, x, known, level, head):
+    def logits(self, x, coarser, level, vectors):
         """Logits of one code of the patch that x (..., n_embd) predicts -> (..., codebook_size), fp32.
-        known: the sum of the vectors of its coarser codes (..., n_embd). head: the code table's level."""
+        coarser: the sum of the vectors of its coarser codes (..., n_embd). vectors: code_table()[level]"""
         if level > 0:
-            x = x + self.level_mlps[level - 1](rms_norm(x + rms_norm(known)))
-        return F.linear(x.to(head.dtype), head).float() * self.head_gain[level]
+            x = x + self.level_mlps[level - 1](rms_norm(x + rms_norm(coarser)))
+        return F.linear(x.to(vectors.dtype), vectors).float() * self.head_gain[level]
 
     def forward(self, tokens, lengths, target):
-        """tokens (B, T, 5 + n_codebooks), of which `lengths` (B,) are no padding, target codes (B, N,
-        n_codebooks) -> the cross-entropy of each code of the target in nats (B, N, n_codebooks)."""
+        """tokens (B, T, 5 + n_codebooks), lengths (B,) without the padding, codes of the target (B, N,
+        n_codebooks) -> the cross-entropy of each of these codes, in nats (B, N, n_codebooks)."""
         table = self.code_table()
         x = self.embed(tokens, table)  # (B, T, n_embd)
         x = self.run_blocks(x, rotary_table(tokens[..., POSITION], self.config))
         N = target.shape[1]
         last = lengths[:, None] - N + torch.arange(N, device=tokens.device)  # (B, N): what predicts it
         x = x.gather(1, last[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)  # (B * N, n_embd)
-        nats, known = [], 0.0
+        nats, coarser = [], 0.0
         for level, codes in enumerate(target.flatten(0, 1).unbind(-1)):  # (B * N,) each
-            logits = self.logits(x, known, level, table[level])  # (B * N, codebook_size)
+            logits = self.logits(x, coarser, level, table[level])  # (B * N, codebook_size)
             nats.append(F.cross_entropy(logits, codes, reduction="none"))
-            known = known + F.embedding(codes, table[level])
+            coarser = coarser + F.embedding(codes, table[level])
         return torch.stack(nats, -1).view(target.shape)
 
 
 def weighted_loss(nats, coverage, coarse):
-    """The loss of the transformer: what Mentor.forward returns (B, N, n_codebooks) -> its weighted mean.
+    """The loss of the transformer, from what Mentor.forward returns (B, N, n_codebooks) -> a scalar
 
-        loss = mean over patches p of  w_p * sum over levels l of  c_l * nats[p, l]
+        loss = mean over samples and patches p of  w_p * sum over levels l of  c_l * nats[p, l]
         nats[p, l] = -log P(code l of patch p | prompt, the patches before p, the coarser codes of p)
         w_p = (1 + 4 coverage_p) / its mean over the picture;  c_0 = coarse, all other c_l = 1
 
@@ -343,7 +345,8 @@ def weighted_loss(nats, coverage, coarse):
     w = c = 1."""
     weights = 1 + 4 * coverage
     weights = weights / weights.mean(1, keepdim=True)
-    return (weights * (nats.sum(-1) + (coarse[:, None] - 1) * nats[..., 0])).mean()
+    nats = coarse[:, None] * nats[..., 0] + nats[..., 1:].sum(-1)  # (B, N)
+    return (weights * nats).mean()
 
 
 # ---- Guidance ---------------------------------------------------------------------------------------------
@@ -352,7 +355,7 @@ def hide_condition(pieces, references, hide):
     """A prompt as it is (""), without its text ("text"), or empty ("all"): what guidance compares."""
     if hide == "all":
         return [""], []
-    return [""] * len(pieces) if hide == "text" else pieces, references
+    return ([""] * len(pieces) if hide == "text" else pieces), references
 
 
 def guidance_branches(pieces, references, cfg_image, cfg_text):
@@ -380,28 +383,30 @@ def drawing_copy(model):
     return model
 
 
-def prefill(model, table, tokens, lengths, row_of):
-    """Runs the transformer over tokens (B, T, 5 + n_codebooks) of lengths (B,), and copies each result to its
-    rows; row_of (rows,) says from which of the B -> x (rows, n_embd), which predicts the first patch; rotary
-    tables of all N patches (rows, 1, N, head_dim); a KVCache for each layer, with room for N patches."""
+def prefill(model, table, tokens, lengths, prompt_of):
+    """Reads each prompt once, and copies its state to every row that draws from it: tokens (B, T, 5 +
+    n_codebooks), lengths (B,), prompt_of (rows,), which of the B a row continues.
+    Returns x (rows, n_embd), which predicts the first patch; the rotary tables of all N patches, (rows, 1, N,
+    head_dim) each; a KVCache for each layer, with room for N patches."""
     config, device, N = model.config, tokens.device, model.config.n_patches
     (B, T, _), head_dim = tokens.shape, config.n_embd // config.n_head
     S = T + N  # slots: those of the prompt with its padding, then those of the picture
-    dtype = torch.float32 if device.type == "cpu" else model.blocks[0].mlp.fc.weight.dtype  # CPUs: faster
+    dtype = torch.float32 if device.type == "cpu" else model.blocks[0].mlp.fc.weight.dtype  # (the faster)
     keys, values = torch.zeros(2, config.n_layer, B, config.n_head, S, head_dim, dtype=dtype, device=device)
     causal = torch.full((T, S), -torch.inf, dtype=dtype, device=device).triu(1)
     caches = [KVCache(k, v, torch.arange(T, device=device), causal) for k, v in zip(keys, values)]
     x = model.run_blocks(model.embed(tokens, table), rotary_table(tokens[..., POSITION], config), caches)
 
-    last = lengths[row_of] - 1  # (rows,)
-    order = tokens[row_of, last][:, None, 2:3].expand(-1, N, -1)  # (rows, N, 1)
-    grid = patch_grid(config.side).to(device).expand(len(row_of), -1, -1)  # (rows, N, 2)
+    last = lengths[prompt_of] - 1  # (rows,)
+    order = tokens[prompt_of, last][:, None, 2:3].expand(-1, N, -1)  # (rows, N, 1)
+    grid = patch_grid(config.side).to(device).expand(len(prompt_of), -1, -1)  # (rows, N, 2)
     rotary = rotary_table(torch.cat((order, grid), 2), config)
-    mask = torch.zeros(len(row_of), 1, 1, S, dtype=dtype, device=device)
+    mask = torch.zeros(len(prompt_of), 1, 1, S, dtype=dtype, device=device)
     unseen = torch.arange(S, device=device) > last[:, None]  # (rows, S): padding, and patches to come
     mask.masked_fill_(unseen[:, None, None], -torch.inf)
     slots = torch.full((1,), T, device=device)  # of the patch that is drawn next
-    return x[row_of, last], rotary, [KVCache(k[row_of], v[row_of], slots, mask) for k, v in zip(keys, values)]
+    caches = [KVCache(k[prompt_of], v[prompt_of], slots, mask) for k, v in zip(keys, values)]
+    return x[prompt_of, last], rotary, caches
 
 
 def choose_codes(logits, uniform, temperature):
@@ -443,9 +448,10 @@ def generate(model, prompts, copies, n=1, seed=0, temperatures=TEMPERATURES, cfg
     A row is one picture in one branch of guidance: rows = prompts x branches x pictures. With 2 prompts, 3
     branches and n = 4, row 17 is picture 1 in branch 1 of prompt 1."""
     model, config, device = drawing_copy(model), model.config, model.head_gain.device
-    branches = [guidance_branches(*prompt, cfg_image, cfg_text) for prompt in prompts]
-    sequences = [build_sequence(config, *prompt, copies) for row in branches for _, *prompt in row]
-    weights = torch.tensor([weight for weight, _, _ in branches[0]], device=device)[:, None, None]
+    branches = [branch for prompt in prompts for branch in guidance_branches(*prompt, cfg_image, cfg_text)]
+    sequences = [build_sequence(config, *prompt, copies) for _, *prompt in branches]
+    weights = [weight for weight, _, _ in branches[:len(branches) // len(prompts)]]  # the same for all
+    weights = torch.tensor(weights, device=device)[:, None, None]  # (branches, 1, 1)
     shape, n_pictures = (len(prompts), len(weights), n), len(prompts) * n
     # fp32 products on a CPU give a row the same bits only in blocks of four rows: the last row fills them up.
     row = torch.arange(-(-len(sequences) * n // 4) * 4, device=device).clamp_max(len(sequences) * n - 1)
@@ -455,7 +461,7 @@ def generate(model, prompts, copies, n=1, seed=0, temperatures=TEMPERATURES, cfg
     uniform = torch.stack(uniform).to(device)  # (pictures, N, n_codebooks)
 
     table = model.code_table()
-    heads = [level.to(model.blocks[0].mlp.fc.weight.dtype) for level in table]
+    heads = [vectors.to(model.blocks[0].mlp.fc.weight.dtype) for vectors in table]
     tokens, lengths = (x.to(device) for x in pad_sequences(sequences))
     x, rotary, caches = prefill(model, table, tokens, lengths, row // n)
     mask, slots = caches[0].mask, caches[0].slots  # all layers share them
@@ -465,14 +471,14 @@ def generate(model, prompts, copies, n=1, seed=0, temperatures=TEMPERATURES, cfg
     # A step changes tensors in place and brings no number to Python: so CUDA can replay it as a graph.
     def draw_patch():
         """Samples the codes of the next patch, coarse to fine, each given the coarser ones."""
-        known, chosen = torch.zeros_like(x), []
+        coarser, chosen = torch.zeros_like(x), []
         for level in range(config.n_codebooks):
-            logits = model.logits(x, known, level, heads[level])  # (rows, codebook_size)
+            logits = model.logits(x, coarser, level, heads[level])  # (rows, codebook_size)
             guided = (logits[:n * len(sequences)].unflatten(0, shape) * weights).sum(1).flatten(0, 1)
             chosen.append(choose_codes(guided, uniform[:, patch, level].squeeze(1), temperatures[level]))
-            known = known + F.embedding(chosen[-1], table[level])[picture_of]
+            coarser = coarser + F.embedding(chosen[-1], table[level])[picture_of]
         codes.index_copy_(1, patch, torch.stack(chosen, -1)[:, None])
-        drawn.copy_(known)  # the patch as the transformer reads it
+        drawn.copy_(coarser)  # now the sum of all its codes: the patch as the transformer reads it
 
     def step():
         """The transformer reads the patch that was drawn last, and the next one is drawn."""

@@ -113,15 +113,13 @@ def draw(model, tokenizer, task, prompts, **how):
     """prompts: list of (pieces, references): the texts around the references, and these, uint8 (H, W, 3).
     how: as mentor.generate takes it; guidance is the task's unless given -> uint8 (len(prompts) * n, H, W,
     3). Raises BadInput if a prompt is too long."""
-    row = TASKS[task]
-
     def encode(reference):  # -> codes (copies, N, n_codebooks)
         copies = reference_copies(model.config, task, reference)
         return tokenizer.encode(to_images(copies, model.head_gain.device))
 
     encoded = [(pieces, [encode(reference) for reference in references]) for pieces, references in prompts]
-    how = {"cfg_image": row.cfg_image, "cfg_text": row.cfg_text, **how}
-    codes = generate(model, encoded, row.copies, **how)
+    how = {"cfg_image": TASKS[task].cfg_image, "cfg_text": TASKS[task].cfg_text, **how}
+    codes = generate(model, encoded, TASKS[task].copies, **how)
     # One by one: convolutions of a batch differ in the last bits from those of a single picture.
     return np.concatenate([to_arrays(tokenizer.decode(picture[None])) for picture in codes])
 
@@ -259,7 +257,7 @@ def say_unknown(known, labels, caption):
     for phrase in sorted((*labels, *places, *known["backgrounds"]), key=len, reverse=True):
         caption = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", ",", caption)
     new = re.findall(r"\b(?:in|on|at|under|behind|beside|near|over) (?:an?|the) [\w ]*\w", caption)
-    words = known["words"].split() + words_of(str(new))
+    words = known["words"].split() + words_of(str(new))  # those of `new` are said already
     new += [word for word in words_of(" ".join((*labels, caption))) if word not in words]
     if new:
         say(f"training never saw {', '.join(map(repr, new))}, which tells the model nothing (places and "
@@ -282,8 +280,9 @@ def parse_args():
     parser.add_argument("--temperature", type=at_least(0, float), nargs="+", default=TEMPERATURES,
                         help="0 takes the likeliest codes; a number, or one for each codebook (default: "
                              f"{' '.join(map(str, TEMPERATURES))})")
-    parser.add_argument("--cfg-image", type=at_least(0, float), help="how closely to follow the references")
-    parser.add_argument("--cfg-text", type=at_least(0, float), help="and the text (default: the task's)")
+    for name, followed in (("--cfg-image", "the references"), ("--cfg-text", "the text")):
+        parser.add_argument(name, type=at_least(0, float), default=argparse.SUPPRESS,
+                            help=f"how closely to follow {followed} (default: the task's)")
     parser.add_argument("--ckpt", help="a trained model (default: out/stage2.pt, or else weights/cpu.pt)")
     add_device_flag(parser)
     args = parser.parse_args()
@@ -323,22 +322,17 @@ def main():
     temperatures = args.temperature * levels if len(args.temperature) == 1 else args.temperature
     if args.temperature is not TEMPERATURES and len(temperatures) != levels:
         raise BadInput(f"--temperature: give one number, or {levels}, one for each codebook of {path}")
-    guidance = {"cfg_image": args.cfg_image, "cfg_text": args.cfg_text}
-    guidance = {name: scale for name, scale in guidance.items() if scale is not None}  # else the task's
+    guidance = {name: scale for name, scale in vars(args).items() if name.startswith("cfg_")}  # if given
 
-    caption, names, places = clean_text(args.prompt), [], []
-    for label in args.label:
-        name, place = clean_label(label)  # "cat on the left": place says where to look for it in its file
-        names.append(name)
-        places.append(place)
-    asked = [name + place for name, place in zip(names, places)]
+    named, caption = [clean_label(label) for label in args.label], clean_text(args.prompt)
+    asked = [name + place for name, place in named]  # the place says where to look for the thing in its file
+    labels = asked if task == "segmentation" else [name for name, _ in named]
     files = list(zip([*args.example, *args.ref], asked or [""] * 3))
-    labels = asked if task == "segmentation" else names
     say_unknown(known, labels, caption)
     if task == "multi-image":
         caption, in_prompt = name_references(labels, caption)
         files = [files[i] for i in in_prompt]
-    prompt, started = fill_prompt(task, labels or [""], caption), time.time()
+    prompt, started = fill_prompt(task, labels, caption), time.time()
     references = [open_reference(file, label, task, model, tokenizer) for file, label in files]
     pictures = draw(model, tokenizer, task, [(prompt, references)], n=args.n, seed=args.seed,
                     temperatures=temperatures, **guidance)

@@ -1,7 +1,7 @@
 """Trains everything: stage 0 the tokenizer, stage 1 multimodal alignment, stage 2 multimodal instruction.
 
 Stages 1 and 2 train the same model by the same loss and loop. They differ in their mix of tasks (MIXES),
-their schedule (SCHEDULES) and the weights that they start from (start_run), and in nothing else.
+their schedule (SCHEDULES), the weights that they start from (start_run), and their random samples.
 
     python train.py --stage 1                        the tokenizer first, unless --out has a finished one
     python train.py --stage 2                        starts from out/stage1.pt
@@ -36,14 +36,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import TASKS, TaskDataset, emoji_font, fill_prompt, known_text, load_subjects, reference_copies
-from mentor import (CODES, CONFIGS, HIDDEN, ROWS, BadInput, Config, Mentor, autocast, build_sequence,
+from mentor import (CODES, CONFIGS, HIDDEN, WORD_IDS, BadInput, Config, Mentor, autocast, build_sequence,
                     has_bf16, hide_condition, pad_sequences, weighted_loss)
 from sample import (RANK, VERSION, WORLD, Parser, add_device_flag, at_least, draw, load_checkpoint,
                     run_script, save_sheet, say, whole_file)
 from tokenizer import Tokenizer, from_bytes, to_arrays, to_images
 
-# For stages 0, 1, 2: optimizer steps, samples a step, peak learning rate. micro_batch: how many sequences go
-# through the transformer at once. It decides memory and speed; the gradient is that of the whole batch.
+# For stages 0, 1, 2: optimizer steps, samples per step, peak learning rate. micro_batch: how many sequences
+# go through the transformer at once. It decides memory and speed; the gradient is that of the whole batch.
 SCHEDULES = {
     "test": dict(steps=(150, 80, 80), batch_size=(16, 16, 16), lr=(2e-3, 1.2e-2, 6e-3), micro_batch=16),
     "cpu": dict(steps=(6000, 600, 12600), batch_size=(16, 16, 16), lr=(2e-3, 4e-3, 3e-3), micro_batch=4),
@@ -66,20 +66,20 @@ CHECKPOINTS = ("tokenizer.pt", "stage1.pt", "stage2.pt")
 
 
 # ---- Batches ----------------------------------------------------------------------------------------------
-# Worker processes lay out sequences, but only the device has the tokenizer. So a worker writes the number of
-# a patch where its codes will be, and fill_codes looks them up.
+# Worker processes lay out sequences, but only the device has the tokenizer. So a worker writes the index of a
+# patch where its codes will be, and fill_codes looks them up.
 
 class Batch(NamedTuple):
     pictures: torch.Tensor  # uint8 (n, H, W, 3): the targets of all rows, then the copies of their references
-    tokens: torch.Tensor    # (B, T, 6): the last column is the patch's number among all patches of pictures
+    tokens: torch.Tensor    # (B, T, 6): the last column is the patch's index among all patches of `pictures`
     lengths: torch.Tensor   # (B,)
     coverage: torch.Tensor  # (B, N): how much of each patch of the target the subject covers, 0 to 1
     coarse: torch.Tensor    # (B,): the weight of the coarsest codes (Task.coarse)
 
 
 def collate(config, n_rows, samples):
-    """Samples, sorted by length and split -> list of Batch, n_rows each: short sequences are not padded to
-    the longest, and the mean of the batches' losses is the loss of all samples."""
+    """Samples, sorted by rough length and split -> list of Batch, n_rows each: short sequences are not padded
+    to the longest, and the mean of the batches' losses is the loss of all samples."""
     rows = []
     for s in samples:
         pieces, references = hide_condition(fill_prompt(s.task, s.labels, s.caption), s.references, s.hide)
@@ -92,17 +92,17 @@ def lay_out(config, rows):
     """rows: list of (pieces, references, sample), a reference being a list of its copies -> Batch"""
     N, pictures, sequences = config.n_patches, [sample.target for _, _, sample in rows], []
 
-    def numbers(first, n):  # of the patches of n pictures (n, N, 1)
+    def patch_ids(first, n):  # of n pictures (n, N, 1)
         return torch.arange(N * first, N * (first + n)).view(n, N, 1)
 
     for i, (pieces, references, sample) in enumerate(rows):
-        numbered = []
+        ids = []
         for copies in references:
-            numbered.append(numbers(len(pictures), len(copies)))
+            ids.append(patch_ids(len(pictures), len(copies)))
             pictures += copies
-        tokens = build_sequence(config, pieces, numbered, TASKS[sample.task].copies, numbers(i, 1)[0])
-        if sample.hide == "picture":  # then each patch must be told from the prompt
-            tokens[1 - N:, ROWS] = HIDDEN
+        tokens = build_sequence(config, pieces, ids, TASKS[sample.task].copies, patch_ids(i, 1)[0])
+        if sample.hide == "picture":  # then the prompt must tell each patch
+            tokens[1 - N:, WORD_IDS] = HIDDEN
         sequences.append(tokens)
     masks = torch.from_numpy(np.stack([sample.mask for _, _, sample in rows]))  # (B, H, W)
     coverage = F.avg_pool2d(masks[:, None].float(), config.downsample).flatten(1) / 255
@@ -116,8 +116,8 @@ def fill_codes(tokenizer, batch, device):
     """A Batch -> Mentor.forward's tokens (B, T, 5 + n_codebooks), lengths (B,), target (B, N, n_codebooks)"""
     pictures, tokens, lengths = (x.to(device, non_blocking=True) for x in batch[:3])
     codes = tokenizer.encode(from_bytes(pictures))  # (n, N, n_codebooks)
-    numbers = tokens[..., CODES][..., 0]  # (B, T); 0 at a word, whose codes are never looked at
-    tokens = torch.cat((tokens[..., :CODES.start], codes.flatten(0, 1)[numbers]), -1)
+    patch_ids = tokens[..., CODES][..., 0]  # (B, T); 0 where there is no patch, whose codes nobody looks at
+    tokens = torch.cat((tokens[..., :CODES.start], codes.flatten(0, 1)[patch_ids]), -1)
     return tokens, lengths, codes[:len(tokens)]
 
 
@@ -154,7 +154,7 @@ def make_optimizers(model, bf16, fused):
 
 
 def batch_loss(run, net, batch):
-    """A micro-batch -> its loss; what the log shows, the loss without weights; in stage 0 codes and z."""
+    """Of a micro-batch: returns its loss, the loss without weights for the log, and in stage 0 (codes, z)."""
     device = run.plan.device
     with autocast(device):
         if run.plan.stage == 0:
@@ -284,7 +284,7 @@ class Plan(NamedTuple):
     config: Config
     device: torch.device
     steps: int
-    batch_size: int   # samples a step, over all processes
+    batch_size: int   # samples per step, over all processes
     micro_batch: int  # samples at once, in one process
     lr: float
     mix: dict
@@ -373,36 +373,47 @@ def start_run(plan, known):
     torch.manual_seed(plan.settings["seed"])
     tokenizer = Tokenizer(plan.config).to(plan.device).requires_grad_(plan.stage == 0)
     model = Mentor(plan.config).to(plan.device) if plan.stage else tokenizer
-    checkpoint = load_stage(plan.path, plan.config, plan.stage) if os.path.exists(plan.path) else None
-    for name, value in checkpoint["settings"].items() if checkpoint else ():
+    resumed = load_stage(plan.path, plan.config, plan.stage) if os.path.exists(plan.path) else None
+    if resumed:
+        check_settings(plan, resumed["settings"])
+    optimizers = make_optimizers(model, plan.settings["bf16"], fused=plan.device.type == "cuda")
+    run = Run(plan, model, tokenizer, optimizers, known)
+    if resumed:
+        for optimizer, state in zip(optimizers, resumed["optimizers"]):
+            optimizer.load_state_dict(state)
+        run.step, run.seconds = resumed["step"], resumed["seconds"]
+    elif plan.stage == 0:
+        return run
+    weights = resumed or load_previous(plan)
+    tokenizer.load_state_dict(weights["tokenizer"])
+    if plan.stage:
+        model.codebooks.copy_(tokenizer.codebooks)
+    if weights["stage"] > 0:
+        model.load_state_dict(weights["model"])
+    return run
+
+
+def check_settings(plan, settings):
+    """Raises BadInput if a run was begun with other settings. Only bf16 may differ: its optimizers stay."""
+    for name, value in settings.items():
         if plan.settings[name] != value and name != "bf16":
             raise BadInput(f"{plan.path} was trained with {name} {value}, not {plan.settings[name]}: "
                            "give the same, or another --out")
-    if checkpoint and checkpoint["settings"]["bf16"] != plan.settings["bf16"]:
-        plan.settings["bf16"] = checkpoint["settings"]["bf16"]  # the optimizers stay what they were
+    if settings["bf16"] != plan.settings["bf16"]:
+        plan.settings["bf16"] = settings["bf16"]
         say(f"{plan.path} was begun on another kind of machine (bf16): its last bits will differ")
-    optimizers = make_optimizers(model, plan.settings["bf16"], fused=plan.device.type == "cuda")
-    run = Run(plan, model, tokenizer, optimizers, known)
-    if checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        run.step, run.seconds = checkpoint["step"], checkpoint["seconds"]
-    elif plan.stage == 0:
-        return run
-    else:
-        before = os.path.join(plan.out, CHECKPOINTS[plan.stage - 1])
-        if not os.path.exists(before):
-            raise BadInput(f"{before} is missing: stage {plan.stage} starts from it "
-                           f"(python train.py --stage {plan.stage - 1} --out {plan.out})")
-        checkpoint = load_stage(before, plan.config, plan.stage - 1)
-        if checkpoint["step"] < checkpoint["settings"]["steps"]:
-            say(f"{before} is not finished (step {checkpoint['step']}): starting from it all the same")
-    tokenizer.load_state_dict(checkpoint["tokenizer"])
-    if plan.stage:
-        model.codebooks.copy_(tokenizer.codebooks)
-    if checkpoint["stage"] > 0:
-        model.load_state_dict(checkpoint["model"])
-    return run
+
+
+def load_previous(plan):
+    """The checkpoint of the stage before. Raises BadInput if there is none."""
+    path = os.path.join(plan.out, CHECKPOINTS[plan.stage - 1])
+    if not os.path.exists(path):
+        raise BadInput(f"{path} is missing: stage {plan.stage} starts from it "
+                       f"(python train.py --stage {plan.stage - 1} --out {plan.out})")
+    checkpoint = load_stage(path, plan.config, plan.stage - 1)
+    if checkpoint["step"] < checkpoint["settings"]["steps"]:
+        say(f"{path} is not finished (step {checkpoint['step']}): starting from it all the same")
+    return checkpoint
 
 
 def load_stage(path, config, stage):
@@ -422,7 +433,7 @@ def save_checkpoint(path, **state):
 
 def save_run(run):
     if RANK == 0:
-        parts = {"model": run.model.state_dict(), "tokenizer": run.tokenizer.state_dict(),
+        parts = {"model": run.model.state_dict(), "tokenizer": run.tokenizer.state_dict(),  # one, in stage 0
                  "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
         save_checkpoint(run.plan.path, stage=run.plan.stage, step=run.step, seconds=run.seconds,
                         settings=run.plan.settings, config=dataclasses.asdict(run.plan.config),

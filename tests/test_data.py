@@ -117,7 +117,7 @@ def test_subjects_of_a_scene_never_overlap_and_stand_where_the_caption_says():
         cutouts = [open_cutout(SHAPES[number]) for number in numbers]
         scene = tasks("multi-image").scene(numbers, cutouts, rng)
         assert (np.stack(scene.masks) > 0).sum(0).max() == 1
-        assert scene.labels == tuple(labels) and scene.background.name in scene.caption
+        assert scene.labels == tuple(labels) and scene.background_name in scene.caption
         for label, mask, place in zip(labels, scene.masks, scene.places):
             assert f" {label} {place}" in scene.caption
             y, x = (mask.nonzero()[axis].mean() / 32 for axis in (0, 1))

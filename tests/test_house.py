@@ -1,6 +1,7 @@
 """The house itself: what it imports, and how long and wide it is."""
 
 import ast
+import re
 
 import pytest
 from conftest import ROOT
@@ -27,6 +28,12 @@ def test_imports_point_down(name):
 def test_width_of_pages(path):
     wide = [f"{i}: {line}" for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110]
     assert wide == []
+
+
+def test_the_readme_counts_the_lines_of_each_file():
+    counted = re.findall(r"^\| `(\w+)\.py` \| (\d+) \|", PAGES[0].read_text(), re.M)
+    lengths = [(name, len((ROOT / f"{name}.py").read_text().splitlines())) for name in TOWER]
+    assert [(name, int(lines)) for name, lines in counted] == lengths
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -13,9 +13,9 @@ from conftest import noisy_model
 import data
 import mentor
 from data import TASKS, fill_prompt
-from mentor import (BOI, BOS, CODES, CONFIGS, EOI, PATCH, POSITION, ROWS, BadInput, Mentor, build_sequence,
-                    choose_codes, copy_patches, generate, guidance_branches, hide_condition, pad_sequences,
-                    rotary_table, word_rows, words_of)
+from mentor import (BOI, BOS, CODES, CONFIGS, EOI, PATCH, POSITION, WORD_IDS, BadInput, Mentor,
+                    build_sequence, choose_codes, copy_patches, generate, guidance_branches, hide_condition,
+                    pad_sequences, rotary_table, word_ids, words_of)
 from sample import draw, load_checkpoint
 from tokenizer import Tokenizer
 from train import MIXES, collate, fill_codes
@@ -69,10 +69,10 @@ def test_sequence_interleaves_text_and_images_in_prompt_order():
     pieces = fill_prompt("subject-driven", ["cat"], "a cat")
     reference, target = random_reference(1), random_codes(2)
     tokens = build_sequence(CONFIG, pieces, [reference], AS_IT_IS, target)
-    the, cat, into, a, stop = (word_rows(word) for word in ("the", "cat", "in", "a", "."))
+    the, cat, into, a, stop = (word_ids(word) for word in ("the", "cat", "in", "a", "."))
     bos, boi, patch, eoi = ((row, row) for row in (BOS, BOI, PATCH, EOI))
     wanted = [bos, the, cat, into, boi, *[patch] * N, eoi, stop, a, cat, boi, *[patch] * (N - 1)]
-    assert list(map(tuple, tokens[:, ROWS].tolist())) == wanted
+    assert list(map(tuple, tokens[:, WORD_IDS].tolist())) == wanted
     is_patch = tokens[:, 0] == PATCH
     assert torch.equal(tokens[is_patch][:, CODES], torch.cat((reference[0], target[:-1])))
     assert torch.all(tokens[~is_patch][:, CODES] == 0)
@@ -96,7 +96,7 @@ def test_a_reference_at_a_second_size_stands_behind_the_first_with_an_order_of_i
     assert torch.equal(shown[:, CODES], codes)
     assert torch.equal(grid[0] * CONFIG.side + grid[1], torch.cat(patches))
     assert orders.tolist() == [2] * len(patches[0]) + [3] * len(patches[1])
-    assert order[rows == EOI].tolist() == [4] and order[rows == word_rows("a")[0]].tolist() == [5]
+    assert order[rows == EOI].tolist() == [4] and order[rows == word_ids("a")[0]].tolist() == [5]
 
 
 def test_several_references_at_the_second_size_alone():
@@ -134,8 +134,8 @@ def test_text_that_does_not_fit_is_refused_with_the_words_that_do():
 
 def test_words_of_any_script_have_rows_of_their_own():
     words = ["dog", "cat", "собака", "犬", "🐶", ".", "a", "don", "2", "glass", "bus", "dress"]
-    rows = [word_rows(word) for word in words]
-    assert all(5 <= row < mentor.N_ROWS for pair in rows for row in pair)
+    rows = [word_ids(word) for word in words]
+    assert all(5 <= row < mentor.WORD_TABLE_SIZE for pair in rows for row in pair)
     assert len(rows) == len({frozenset(pair) for pair in rows})
     for form, known in (("dogs", "dog"), ("an", "a"), ("eyes", "eye")):
         assert words_of(form) == [known]
@@ -145,9 +145,9 @@ def test_words_of_any_script_have_rows_of_their_own():
 
 def test_a_word_enters_as_the_sum_of_its_two_rows(model):
     token = torch.zeros(1, 1, 5 + CONFIG.n_codebooks).long()
-    token[..., ROWS] = torch.tensor(word_rows("dog"))
+    token[..., WORD_IDS] = torch.tensor(word_ids("dog"))
     entered = model.embed(token, model.code_table())
-    assert torch.equal(entered[0, 0], model.word_embedding.weight[list(word_rows("dog"))].sum(0))
+    assert torch.equal(entered[0, 0], model.word_embedding.weight[list(word_ids("dog"))].sum(0))
 
 
 def test_longest_sample_of_every_preset_fits_its_block():

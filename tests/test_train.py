@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import train
 from data import TASKS
-from mentor import (CODES, CONFIGS, HIDDEN, PATCH, ROWS, BadInput, Mentor, build_sequence, hide_condition,
+from mentor import (CODES, CONFIGS, HIDDEN, PATCH, WORD_IDS, BadInput, Mentor, build_sequence, hide_condition,
                     weighted_loss)
 from tokenizer import Tokenizer, to_images
 
@@ -75,7 +75,7 @@ def test_workers_lay_out_what_the_device_fills_with_codes():
         target = encode(s.target)
         tokens = build_sequence(CONFIG, *condition, TASKS[s.task].copies, target)
         if s.hide == "picture":  # what is drawn so far is not told
-            tokens[len(tokens) - N + 1 :, ROWS] = HIDDEN
+            tokens[len(tokens) - N + 1 :, WORD_IDS] = HIDDEN
             tokens[..., CODES] *= tokens[:, :1] == PATCH
         return tokens, target
 
