@@ -107,7 +107,7 @@ def copy_patches(config, index):
     """The patches of the canvas that copy `index` of a reference covers, in its middle: indices below N"""
     size, side = config.reference_sizes[index], config.side
     first, end = math.floor(side * (1 - size) / 2), math.ceil(side * (1 + size) / 2)
-    return torch.arange(side * side).view(side, side)[first:end, first:end].flatten()
+    return np.arange(side * side).reshape(side, side)[first:end, first:end].flatten()
 
 
 def build_sequence(config, pieces, references, copies, target=None):
@@ -127,32 +127,33 @@ def build_sequence(config, pieces, references, copies, target=None):
     which makes copying easy to learn. Words have no place in an image: they stand at 0, 0."""
     tokens, k = [], config.n_codebooks if target is None else target.shape[1]
 
-    def add(ids, order, grid=0, codes=0):
-        token = np.zeros((len(ids), 5 + k), int)
+    def add(n, ids, order, grid=0, codes=0):  # n tokens
+        token = np.zeros((n, 5 + k), int)
         token[:, WORD_IDS], token[:, 2], token[:, 3:5], token[:, CODES] = ids, order, grid, codes
         tokens.append(token)
 
-    grid, covered = patch_grid(config.side).numpy(), [copy_patches(config, index) for index in copies]
-    add([(BOS, BOS)], 0)
+    grid = patch_grid(config.side).numpy()
+    add(1, BOS, 0)
     order = 1
     for i, piece in enumerate(pieces):
         words = np.array([word_ids(word) for word in words_of(piece)]).reshape(-1, 2)
-        add(words, order + np.arange(len(words)))
+        add(len(words), words, order + np.arange(len(words)))
         order += len(words)
         if i < len(references):
-            add([(BOI, BOI)], order)
-            for index, patches, codes in zip(copies, covered, references[i].cpu()):
-                add([(PATCH, PATCH)] * len(patches), order + 1 + index, grid[patches], codes[patches])
-            add([(EOI, EOI)], order + 2 + copies[-1])
+            add(1, BOI, order)
+            for index, codes in zip(copies, references[i].cpu().numpy()):
+                patches = copy_patches(config, index)
+                add(len(patches), PATCH, order + 1 + index, grid[patches], codes[patches])
+            add(1, EOI, order + 2 + copies[-1])
             order += 3 + copies[-1]
     room = config.block_size - sum(map(len, tokens)) - config.n_patches
     if room < 0:
         n_words = len(words_of(" ".join(pieces)))
         raise BadInput(f"--label and --prompt make a sentence of {n_words} words of text, "
                        f"and {max(0, n_words + room)} fit: shorten them")
-    add([(BOI, BOI)], order, grid[0])
+    add(1, BOI, order, grid[0])
     if target is not None:
-        add([(PATCH, PATCH)] * (config.n_patches - 1), order, grid[1:], target[:-1])
+        add(config.n_patches - 1, PATCH, order, grid[1:], target[:-1])
     return torch.from_numpy(np.concatenate(tokens))
 
 
