@@ -453,12 +453,12 @@ def generate(model, prompts, copies, n=1, seed=0, temperatures=TEMPERATURES, cfg
     sequences = [build_sequence(config, *prompt, copies) for _, *prompt in branches]
     weights = [weight for weight, _, _ in branches[:len(branches) // len(prompts)]]  # the same for all
     weights = torch.tensor(weights, device=device)[:, None, None]  # (branches, 1, 1)
-    shape, n_pictures = (len(prompts), len(weights), n), len(prompts) * n
-    # fp32 products on a CPU give a row the same bits only in blocks of four rows: the last row fills them up.
-    row = torch.arange(-(-len(sequences) * n // 4) * 4, device=device).clamp_max(len(sequences) * n - 1)
+    shape, n_rows = (len(prompts), len(weights), n), len(sequences) * n
+    # fp32 products on a CPU give a row the same bits in blocks of four rows only: copies of the last fill up.
+    row = torch.arange(n_rows + -n_rows % 4, device=device).clamp_max(n_rows - 1)
     picture_of = row // (len(weights) * n) * n + row % n  # (rows,)
     uniform = [torch.rand(config.n_patches, config.n_codebooks, generator=torch.Generator().manual_seed(i))
-               for i in range(seed, seed + n_pictures)]
+               for i in range(seed, seed + len(prompts) * n)]
     uniform = torch.stack(uniform).to(device)  # (pictures, N, n_codebooks)
 
     table = model.code_table()
@@ -475,7 +475,7 @@ def generate(model, prompts, copies, n=1, seed=0, temperatures=TEMPERATURES, cfg
         coarser, chosen = torch.zeros_like(x), []
         for level in range(config.n_codebooks):
             logits = model.logits(x, coarser, level, heads[level])  # (rows, codebook_size)
-            guided = (logits[:n * len(sequences)].unflatten(0, shape) * weights).sum(1).flatten(0, 1)
+            guided = (logits[:n_rows].unflatten(0, shape) * weights).sum(1).flatten(0, 1)  # a row per picture
             chosen.append(choose_codes(guided, uniform[:, patch, level].squeeze(1), temperatures[level]))
             coarser = coarser + F.embedding(chosen[-1], table[level])[picture_of]
         codes.index_copy_(1, patch, torch.stack(chosen, -1)[:, None])

@@ -510,8 +510,8 @@ def train(stage, args, device):
 
     saved, started = run.step, time.time() - run.seconds
     timed, timed_step = time.time(), run.step  # where the rate of the next log line is counted from
+    bar = tqdm(loader, f"stage {stage}", plan.steps, initial=run.step, disable=RANK > 0, mininterval=1)
     try:
-        bar = tqdm(loader, f"stage {stage}", plan.steps, initial=run.step, disable=RANK > 0, mininterval=1)
         for micro_batches in bar:
             torch.manual_seed(args.seed * 1_000_003 + run.step)  # so that a resumed run has the same numbers
             lr = learning_rate(run.step, plan.steps, plan.lr)
