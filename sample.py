@@ -267,9 +267,9 @@ def say_unknown(known, labels, caption):
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ref", metavar="IMAGE", action="append", default=[],
-                        help="any image file; of a photograph its central square (up to four times)")
+                        help="an image file, cropped to its central square; up to four times")
     parser.add_argument("--label", action="append", default=[],
-                        help='what each reference shows; of several things the "cat on the left"')
+                        help='what each --ref shows, in their order; or which of several: "cat on the left"')
     parser.add_argument("--example", metavar=("BEFORE", "AFTER"), nargs=2, default=[],
                         help="two pictures that show what to do to the reference")
     parser.add_argument("--prompt", default="", help="the picture to draw, in words")

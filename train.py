@@ -444,6 +444,8 @@ def save_run(run):
 
 def export(source, path):
     """Tokenizer and transformer of a stage 2 in half precision, and nothing else: what drawing needs."""
+    if not os.path.exists(source):
+        raise BadInput(f"{source} is missing: train stage 2 first, or give its --out")
     checkpoint = load_checkpoint(source)
     if "settings" not in checkpoint or os.path.realpath(path) == os.path.realpath(source):
         raise BadInput(f"--export {path}: {source} is exported already, or would be overwritten: "
@@ -508,6 +510,8 @@ def train(stage, args, device):
     def due(every):
         return run.step % max(1, every) == 0 or run.step == plan.steps
 
+    if 0 < run.step < plan.steps:
+        say(f"stage {stage}: resuming at step {run.step} of {plan.steps}")
     saved, started = run.step, time.time() - run.seconds
     timed, timed_step = time.time(), run.step  # where the rate of the next log line is counted from
     bar = tqdm(loader, f"stage {stage}", plan.steps, initial=run.step, disable=RANK > 0, mininterval=1)
@@ -535,9 +539,9 @@ def train(stage, args, device):
                 saved = run.step
             timed, timed_step = time.time(), run.step
     except KeyboardInterrupt:
-        kept = f"{saved} of {plan.steps} steps are saved in {plan.path}" if saved else "nothing is saved yet"
+        kept = f"{saved} of {plan.steps} steps are saved in {plan.path}, and the same command resumes there"
         bar.close()
-        say(f"stopped: {kept}; the same command resumes")
+        say(f"stopped: {kept if saved else 'nothing is saved yet'}")
         sys.exit(130)
     say(f"stage {stage} is finished: {plan.path}, and what it draws: {plan.sheet}")
 
@@ -550,7 +554,7 @@ def show(stage, args, device):
     rows = {task: [sample for sample in samples if sample.task == task][:6] for task in dataset.mix}
     path = os.path.join(args.out, f"stage{stage}-samples.png")
     save_samples({task: row for task, row in rows.items() if row}, path)
-    print(f"wrote {path}: {dataset.subjects.table['held_out'].sum()} images are held out")
+    print(f"wrote {path}; held out, and not in it: {dataset.subjects.table['held_out'].sum()} images")
 
 
 def parse_mix(text):
@@ -571,7 +575,8 @@ def parse_mix(text):
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     has_cuda = torch.cuda.is_available()
-    parser.add_argument("--stage", type=int, choices=(0, 1, 2), help="tokenizer, alignment, instruction")
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2),
+                        help="0 tokenizer, 1 alignment, 2 instruction")
     parser.add_argument("--preset", choices=CONFIGS,
                         help="model, image size and schedule (default: gpu with CUDA, else cpu)")
     parser.add_argument("--data", help="emoji, shapes or folders, with commas (default: emoji, else shapes)")
@@ -588,7 +593,7 @@ def parse_args():
     parser.add_argument("--no-compile", dest="compile", action="store_false",
                         help="without torch.compile, which stages 1 and 2 use (not with --preset test)")
     parser.add_argument("--show", action="store_true", help="a sheet of what this run would learn from")
-    parser.add_argument("--export", metavar="FILE", help="write the stage 2 of --out, in half precision")
+    parser.add_argument("--export", metavar="FILE", help="write stage 2 of --out to FILE, in half precision")
     args = parser.parse_args()
     args.preset = args.preset or ("gpu" if args.device == "cuda" else "cpu")
     return args
