@@ -238,16 +238,18 @@ def which_task(refs, labels, prompt, example):
 def name_references(labels, prompt):
     """-> the prompt with <image> behind each label, where training has its reference, and the labels' numbers
     in that order. Raises BadInput if it does not name one."""
-    ends = {}
-    for i in sorted(range(len(labels)), key=lambda i: -len(labels[i])):  # "black cat" before "cat"
-        found = (match.end() for match in re.finditer(rf"(?<!\w){re.escape(labels[i])}(?!\w)", prompt))
-        end = next((end for end in found if end not in ends.values()), None)
-        if end is None:
+    spans = {}  # of each label, by its index; none overlaps another
+    for i in sorted(range(len(labels)), key=lambda i: -len(labels[i])):  # "dog face" before "dog"
+        for match in re.finditer(rf"(?<![\w-]){re.escape(labels[i])}(?![\w-])", prompt):
+            if all(match.end() <= start or end <= match.start() for start, end in spans.values()):
+                spans[i] = match.span()
+                break
+        else:
             raise BadInput(f"--prompt does not name {labels[i]!r}: say where each --label stands")
-        ends[i] = end
-    in_prompt = sorted(ends, key=ends.get)
+    in_prompt = sorted(spans, key=spans.get)
     for i in reversed(in_prompt):
-        prompt = f"{prompt[:ends[i]]} <image>{prompt[ends[i]:]}"
+        end = spans[i][1]
+        prompt = f"{prompt[:end]} <image>{prompt[end:]}"
     return prompt, in_prompt
 
 
@@ -325,6 +327,8 @@ def main():
     guidance = {name: scale for name, scale in vars(args).items() if name.startswith("cfg_")}  # if given
 
     named, caption = [clean_label(label) for label in args.label], clean_text(args.prompt)
+    if args.prompt and not caption or not all(name for name, _ in named):
+        raise BadInput("--prompt or --label says nothing: name what to draw, or leave it out")
     asked = [name + place for name, place in named]  # the place says where to look for the thing in its file
     labels = asked if task == "segmentation" else [name for name, _ in named]
     files = list(zip([*args.example, *args.ref], asked or [""] * 3))

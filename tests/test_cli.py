@@ -78,6 +78,8 @@ def test_references_stand_behind_their_labels_in_the_order_of_the_prompt():
         (["dog", "cat"], "a cat and a dog", "a cat <image> and a dog <image>", [1, 0]),
         (["cat", "black cat"], "a black cat, a cat", "a black cat <image>, a cat <image>", [1, 0]),
         (["cat", "cat"], "a cat and a cat", "a cat <image> and a cat <image>", [0, 1]),
+        (["dog", "dog face"], "a dog face and a dog", "a dog face <image> and a dog <image>", [1, 0]),
+        (["dog", "cat"], "a hot-dog, a cat, a dog", "a hot-dog, a cat <image>, a dog <image>", [1, 0]),
     ]:
         assert sample.name_references(labels, prompt) == (wanted, order)
     with pytest.raises(BadInput, match="does not name 'cat'"):
@@ -223,6 +225,9 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         ((*given, "--label", "cat", "--label", "cat", "--prompt", "a cat"), "does not name 'cat'"),
         ((*given, *["--label", "x"] * 2, "--prompt", "x " * 500), "words of text, and"),
         ((), "nothing to draw"),
+        (("--prompt", "   "), "says nothing"),
+        (("--ref", ref, "--label", "", "--prompt", "a dog"), "says nothing"),
+        (("--ref", ref, "--label", "the <image>"), "says nothing"),
         (("--ref", tmp_path / "none.png"), "none.png: not a readable image"),
         (("--ref", tmp_path / "text.png"), "text.png: not a readable image"),
         (("--prompt", "x " * 500), "words of text, and"),
