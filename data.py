@@ -369,7 +369,7 @@ def folder_subjects(folder, skipped):
 
 @functools.lru_cache(maxsize=4000)  # at 64 px, as the cpu preset has it, 65 MB at most
 def open_cutout(subject, size=256):
-    """The subject's pixels, cropped to its mask -> RGBA image, at most `size` a side. Raises BadInput."""
+    """The subject's pixels, cropped to its mask -> RGBA image, at most `size` px per side. Raises BadInput."""
     image = {"emoji": paint_emoji, "shapes": paint_shape, "file": read_image}[subject.source](subject.path)
     if subject.mask:
         mask = over(read_image(subject.mask), BLACK).convert("L")
@@ -533,7 +533,7 @@ def turn_hue(image, turn):
 
 
 def fill_outline(cutout, other):
-    """The outline of one cut-out with the pixels of another, or their mean: the outline then says nothing."""
+    """The outline of one cut-out with the pixels of another, or their mean: no outline tells the look."""
     mean = other.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))[:3]  # weighed by its alpha
     filled = over(other.resize(cutout.size, Image.Resampling.NEAREST), (*mean, 255))
     filled.putalpha(cutout.getchannel("A"))
@@ -622,7 +622,7 @@ class Task(NamedTuple):
 
 # The prompt alone tells the model its task. (So recovery and subject-driven are one task to it.)
 TASKS = {
-    # Words alone decide here, and what is drawn so far would tell sooner: so that is mostly hidden.
+    # Only words decide here. The patches drawn so far would answer sooner, so they are mostly hidden.
     "text-to-image": Task("{caption}", 3.0, 3.0, needs_cutout=False, hide_picture=0.65),
     "reconstruction": Task("The image is <image>\n{caption}", 1.0, 1.0, needs_cutout=False, copies=(0,)),
     # Which of several things is meant is one bit per patch. The randomness of the fine codes would drown it.

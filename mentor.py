@@ -29,8 +29,8 @@ class BadInput(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    image_size: int = 64        # pixels a side
-    downsample: int = 8         # pixels a side of a patch
+    image_size: int = 64        # pixels per side
+    downsample: int = 8         # pixels per side of a patch
     n_codebooks: int = 6        # codes of a patch, coarse to fine
     codebook_size: int = 1024   # codes in each codebook
     code_dim: int = 32          # length of a codebook vector
@@ -42,7 +42,7 @@ class Config:
     reference_sizes: tuple = (1.0, 2 / 3)  # side of each copy of a reference, as a share of the canvas
 
     @property
-    def side(self):  # patches a side of an image
+    def side(self):  # patches per side of an image
         return self.image_size // self.downsample
 
     @property

@@ -87,7 +87,7 @@ def whole_file(path):
 def save_sheet(rows, path):
     """rows: (title, cells), a cell being (caption, list of uint8 (H, W, 3) pictures) -> one labelled PNG"""
     cells = [cell for _, row in rows for cell in row]
-    shown = max(96, *(len(picture) for _, pictures in cells for picture in pictures))  # pixels a side
+    shown = max(96, *(len(picture) for _, pictures in cells for picture in pictures))  # pixels per side
     cell_width = max(len(pictures) for _, pictures in cells) * (shown + 2) + 10
     row_height = shown + 24 + (30 if any(caption for caption, _ in cells) else 0)
     columns = max(len(row) for _, row in rows)
@@ -327,8 +327,10 @@ def main():
     guidance = {name: scale for name, scale in vars(args).items() if name.startswith("cfg_")}  # if given
 
     named, caption = [clean_label(label) for label in args.label], clean_text(args.prompt)
-    if args.prompt and not caption or not all(name for name, _ in named):
-        raise BadInput("--prompt or --label says nothing: name what to draw, or leave it out")
+    if args.prompt and not caption:
+        raise BadInput("--prompt has no words: describe the picture, or leave it out")
+    if not all(name for name, _ in named):
+        raise BadInput("--label has no words: name what its --ref shows, or leave it out")
     asked = [name + place for name, place in named]  # the place says where to look for the thing in its file
     labels = asked if task == "segmentation" else [name for name, _ in named]
     files = list(zip([*args.example, *args.ref], asked or [""] * 3))

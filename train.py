@@ -584,7 +584,7 @@ def parse_args():
                         help="photographs to place subjects on, named by a .txt beside, file or folder")
     parser.add_argument("--mix", type=parse_mix, metavar="TASK=SHARE,...", help="tasks of stage 1 or 2")
     parser.add_argument("--steps", type=at_least(1), help="of this stage (default: the preset's)")
-    parser.add_argument("--batch-size", type=at_least(1), help="samples a step (default: the preset's)")
+    parser.add_argument("--batch-size", type=at_least(1), help="samples per step (default: the preset's)")
     parser.add_argument("--workers", type=at_least(0), default=8 if has_cuda else 1,
                         help="processes that compose samples (default: %(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0)
