@@ -369,7 +369,7 @@ def folder_subjects(folder, skipped):
 
 @functools.lru_cache(maxsize=4000)  # at 64 px, as the cpu preset has it, 65 MB at most
 def open_cutout(subject, size=256):
-    """The subject's pixels, cropped to its mask -> RGBA image, at most `size` px per side. Raises BadInput."""
+    """The subject's pixels, cropped to its mask -> RGBA image, at most `size` px a side. Raises BadInput."""
     image = {"emoji": paint_emoji, "shapes": paint_shape, "file": read_image}[subject.source](subject.path)
     if subject.mask:
         mask = over(read_image(subject.mask), BLACK).convert("L")
