@@ -11,230 +11,28 @@
     copy         of a reference: copy 0 shows it as it is, copy 1 at two thirds. A task uses one or both
     paint, draw  code paints a picture with Pillow; the model draws one, patch by patch
 """
+import csv
 import functools
+import io
 import json
 import os
 import re
 import sys
 import unicodedata
-import warnings
 import zlib
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
-from mentor import WORD, BadInput, words_of
+from mentor import WORD, BadInput, printable, words_of
+from tokenizer import (BACKGROUNDS, COLOURS, IMAGE_ENDINGS, SHAPES, emoji_font, is_cutout, open_mask,
+                       open_square, over, paint_background, paint_emoji, paint_shape, read_image, read_once,
+                       square_of, turn_of_mask)
 
-say_once = functools.cache(lambda text: print(text, file=sys.stderr))
-
-# ---- Picture files ----------------------------------------------------------------------------------------
-
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # more than 89 megapixels
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-BLACK, WHITE = (0, 0, 0, 255), (255, 255, 255, 255)
-
-
-def read_image(path, least=None):
-    """Any image file, turned as its EXIF says -> an RGBA image if it is a cut-out, else RGB, on white.
-    least: pixels that each side must keep; a larger JPEG is then decoded at a half, a quarter or an eighth,
-    which is faster. Raises BadInput, which names the file."""
-    try:
-        with Image.open(path) as image:
-            if least:
-                image.draft(None, (least, least))
-            if image.mode[0] in "IF":  # I;16, I, F: convert() would clip them
-                image = to_8_bits(image)
-            if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-                image = ImageChops.invert(image)  # pillow inverts all; only Adobe's are inverted
-            has_alpha = image.has_transparency_data
-            image = ImageOps.exif_transpose(image).convert("RGBA" if has_alpha else "RGB")
-            return image if not has_alpha or has_free_border(image.getchannel("A")) else over(image, WHITE)
-    except Exception as error:  # a damaged file can fail anywhere inside pillow
-        reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{path}: not a readable image ({reason})") from error
-
-
-def to_8_bits(image):
-    """16 or 32 bits a pixel -> L. White is the first of 1, 255 and 65,535 that no pixel exceeds."""
-    pixels = np.asarray(image, np.float64)
-    least, most = pixels.min(), pixels.max()
-    white = next((white for white in (1, 255, 65535) if most <= white), 0)
-    if not white or not least >= 0:
-        raise ValueError(f"its mode {image.mode} has pixels from {least:g} to {most:g}: save it with 8 bits")
-    return Image.fromarray((pixels * (255 / white)).round().astype(np.uint8))
-
-
-def has_free_border(alpha):
-    """Whether a quarter of the border is transparent, as in cut-outs (round corners and holes leave less)."""
-    opaque = np.asarray(alpha) > 127
-    if not opaque.any():
-        raise ValueError("nothing in it is opaque")
-    border = np.concatenate((opaque[0], opaque[-1], opaque[:, 0], opaque[:, -1]))
-    return border.mean() < 0.75
-
-
-def is_cutout(path):
-    """Whether read_image gives RGBA. (Of a file without alpha it reads the header only.)"""
-    with Image.open(path) as image:
-        return image.has_transparency_data and read_image(path).mode == "RGBA"
-
-
-def over(image, colour):
-    """An RGB or RGBA image -> RGB image; `colour` (RGBA) shows where it is transparent."""
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
-    return image.convert("RGB")
-
-
-def square_of(image, size, share=1, x=0.5, y=0.5):
-    """A square part of an image -> size x size. Its side is a share of the shorter side; x, y are shares of
-    the space that is left."""
-    side = share * min(image.size)
-    left, top = (at * (n - side) for at, n in zip((x, y), image.size))
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=3)
-
-
-def open_square(path, size, rng=None):
-    """Any image file -> RGB, size x size: its central square, or with rng a random part. Raises BadInput."""
-    where = () if rng is None else rng.uniform((0.4, 0, 0), 1)
-    return over(square_of(read_image(path, least=2 * size), size, *where), WHITE)
-
-
-def widened(picture, margin):
-    """uint8 (H, W, 3) -> an image with `margin` pixels more on each side, which repeat its edges"""
-    return Image.fromarray(np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge"))
-
-
-# ---- Painted by code: emoji, shapes, backgrounds, grounds -------------------------------------------------
-
-N_BACKGROUNDS, N_GROUNDS = 60, 2000  # of each background, and of grounds: each is painted once a worker
-EMOJI_FONTS = {  # file: the one pixel size that its bitmaps have (Debian, Arch, Fedora, macOS, Windows)
-    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf": 109, "/usr/share/fonts/noto/NotoColorEmoji.ttf": 109,
-    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf": 109,
-    "/System/Library/Fonts/Apple Color Emoji.ttc": 160, "C:/Windows/Fonts/seguiemj.ttf": 128}
-
-
-@functools.cache
-def emoji_font():
-    found = (ImageFont.truetype(path, size) for path, size in EMOJI_FONTS.items() if os.path.exists(path))
-    return next(found, None)
-
-
-def paint_emoji(char):
-    font = emoji_font()
-    image = Image.new("RGBA", (2 * font.size, 2 * font.size))
-    ImageDraw.Draw(image).text((font.size // 4, font.size // 4), char, font=font, embedded_color=True)
-    return image
-
-
-# Points around the middle; how far out every second one is.
-SHAPES = {"circle": (64, 1), "triangle": (3, 1), "square": (4, 1), "pentagon": (5, 1), "hexagon": (6, 1),
-          "star": (10, 0.45), "sun": (16, 0.45), "cross": (8, 0.45)}
-COLOURS = {"red": (220, 40, 40), "green": (50, 170, 70), "blue": (50, 90, 220), "yellow": (240, 210, 50),
-           "purple": (150, 60, 190), "orange": (245, 140, 40), "white": (240, 240, 240),
-           "grey": (120, 120, 120)}
-
-
-def paint_shape(recipe):
-    """"star red blue" -> an RGBA image: a red star with a blue one inside"""
-    shape, outer, inner = recipe.split()
-    image, (n, inward) = Image.new("RGBA", (128, 128)), SHAPES[shape]
-    turns = np.linspace(0, 2 * np.pi, n, endpoint=False)
-    around = np.stack((np.sin(turns), -np.cos(turns)), 1)  # (n, 2)
-    around[1::2] *= inward
-    for radius, colour in ((60, outer), (30, inner)):
-        ImageDraw.Draw(image).polygon((64 + radius * around).flatten().tolist(), fill=COLOURS[colour])
-    return image
-
-
-# Words: the colours of the sky at the top and at the horizon, of the ground at the horizon and at the bottom.
-BACKGROUNDS = {
-    "on the grass": ((90, 170, 240), (205, 232, 250), (125, 195, 80), (60, 140, 50)),
-    "on the beach": ((110, 190, 245), (210, 235, 250), (240, 220, 160), (225, 195, 130)),
-    "in the snow": ((150, 185, 220), (225, 235, 245), (250, 250, 255), (210, 222, 240)),
-    "in the desert": ((240, 180, 100), (252, 228, 175), (228, 175, 100), (190, 130, 70)),
-    "in the city at night": ((12, 14, 45), (55, 45, 95), (48, 48, 58), (28, 28, 34)),
-    "in the forest": ((150, 200, 190), (200, 225, 190), (85, 115, 55), (50, 80, 30)),
-    "under water": ((90, 190, 225), (40, 130, 195), (30, 100, 170), (12, 45, 100)),
-    "in space": ((6, 6, 22), (14, 10, 40), (14, 10, 40), (30, 12, 55)),
-    "at sunset": ((95, 55, 125), (250, 150, 80), (120, 60, 80), (55, 30, 60)),
-    "on the road": ((140, 195, 240), (220, 235, 245), (105, 105, 110), (75, 75, 80)),
-    "in a room": ((238, 218, 190), (228, 205, 172), (165, 110, 68), (120, 75, 45)),
-    **{f"on {'an' if name == 'orange' else 'a'} {name} background": (c,) * 4 for name, c in COLOURS.items()}}
-
-
-@functools.lru_cache(maxsize=1500)
-def paint_background(words, size, variant):
-    """The background of these words -> RGB, size x size. Each variant has its own light and details."""
-    rng = np.random.default_rng([variant, list(BACKGROUNDS).index(words)])
-    big = 2 * size  # painted twice as large and averaged: smooth edges
-    light = rng.uniform(0.9, 1.1) if words.endswith("background") else rng.uniform(0.9, 1.1, 2).repeat(2)
-    colours = np.clip(np.array(BACKGROUNDS[words]) * np.reshape(light, (-1, 1)), 0, 255)  # (4, 3)
-    sky, sky_low, ground, ground_low = colours
-    # The horizon, the place of a thing, dots: in 64ths of the canvas, like all details.
-    h, x, dots = rng.uniform(33, 38), rng.uniform(8, 56), rng.uniform(0, 64, (12, 2))
-    up, down = (np.linspace(0, 1, n)[:, None] for n in (int(h * big / 64), big - int(h * big / 64)))
-    column = np.concatenate([sky + (sky_low - sky) * up, ground + (ground_low - ground) * down])  # (big, 3)
-    image = Image.fromarray(np.broadcast_to(column[:, None], (big, big, 3)).astype(np.uint8))
-
-    def disc(x, y, r, colour):
-        return "ellipse", (x - r, y - r, x + r, y + r), colour
-    def box(left, top, right, bottom, colour):
-        return "rectangle", (left, top, right, bottom), colour
-    def peak(x, top, width, bottom, colour):
-        return "polygon", (x - width / 2, bottom, x, top, x + width / 2, bottom), colour
-
-    towers = [(i * 11 - x / 5, h - 6 * (2 + int(dot) % 3)) for i, dot in enumerate(dots[:7, 1])]
-    details = {
-        "on the grass": [disc(x + dx, 10, r, (250, 250, 252)) for dx, r in ((-5, 3), (0, 4.5), (5, 3.5))],
-        "on the beach": [box(0, h - 10, 64, h, (45, 130, 195)), box(0, h - 1.5, 64, h, (235, 245, 250))],
-        "in the snow": [peak(x + dx, 10, 40, h, (175, 195, 218)) for dx in (-26, 4, 34)],
-        "in the desert": [disc(x, 14, 6, (255, 240, 190))],
-        "in the city at night":
-            [box(left, top, left + 9, h, (32, 32, 52)) for left, top in towers]
-            + [box(left + 2, y, left + 7, y + 2, (250, 220, 120)) for left, top in towers
-               for y in np.arange(top + 2, h - 2, 6)],
-        "in the forest": [peak(tree, 6, 16, h + 2, (35, 95, 50)) for tree in np.arange(5) * 16 - x / 4],
-        "under water": [disc(*dot, 1.6, (150, 215, 240)) for dot in dots],
-        "in space": [disc(*dot, 0.8, (255, 255, 230)) for dot in dots],
-        "at sunset": [disc(x, 14, 6, (255, 240, 190))],
-        "on the road": [box(0, h, 64, h + 3, (120, 160, 90)), box(0, 57, 64, 59, (240, 240, 225))],
-        "in a room": [box(x - 7, 6, x + 7, 18, (110, 70, 40)), box(x - 5, 8, x + 5, 16, (250, 250, 245))]}
-    pen = ImageDraw.Draw(image)
-    for kind, corners, colour in details.get(words, []):
-        getattr(pen, kind)([c * big / 64 for c in corners], fill=colour)
-    return image.resize((size, size), Image.Resampling.BOX)
-
-
-@functools.lru_cache(maxsize=N_GROUNDS)
-def paint_ground(size, variant, subject):
-    """A ground of any look -> RGB: plain, a gradient, soft noise, a pattern, or the inside of a subject."""
-    rng = np.random.default_rng(variant)
-    kind = rng.choice(["gradient", "noise", "pattern", "inside"], p=[0.42, 0.23, 0.1, 0.25])
-    colours, angle = rng.uniform(0, 255, (3, 3)), rng.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[:size, :size] / (size - 1) - 0.5
-    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    if kind == "gradient":
-        n, share = rng.integers(1, 4), (along - along.min()) / np.ptp(along)  # of one colour it is plain
-        image = np.stack([np.interp(share, np.linspace(0, 1, n), c[:n]) for c in colours.T], -1)
-    elif kind == "pattern":
-        period, squares = rng.uniform(0.08, 0.4), rng.uniform() < 0.5
-        odd = (along / period % 1 < 0.5) ^ (squares & (across / period % 1 < 0.5))
-        image = np.where(odd[..., None], colours[0], colours[1])
-    elif kind == "noise":
-        cells = rng.uniform(-1, 1, (rng.integers(2, 12),) * 2 + (3,)) * rng.uniform(20, 140) + colours[0]
-        cells = Image.fromarray(np.clip(cells, 0, 255).astype(np.uint8))
-        image = np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC))
-    else:
-        flat = over(open_cutout(subject, size), (*map(round, colours[0]), 255))
-        image = np.asarray(square_of(flat, size, *rng.uniform((0.25, 0, 0), 1)))
-    if rng.uniform() < 0.25:
-        image = image + rng.normal(0, rng.uniform(2, 14), (size, size, 1))
-    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
-
+say_once = functools.cache(lambda text: print(printable(text), file=sys.stderr))
 
 # ---- Subjects: records of cut-outs and pictures -----------------------------------------------------------
 
@@ -243,17 +41,19 @@ MAX_LABEL, MAX_BACKGROUND, MAX_CAPTION = 5, 8, 20  # words
 
 def clean_text(text, limit=None):
     """A text as the model knows it, in training and in sample.py alike: its first line in lowercase, without
-    full stop or <image>, at most `limit` words."""
-    text = " ".join(text.strip().split("\n")[0].lower().replace("<image>", " ").split())
+    full stop or <image>, at most `limit` words, its accents composed (NFC)."""
+    line = unicodedata.normalize("NFC", text.strip().split("\n")[0].lower())
+    text = " ".join(line.replace("<image>", " ").split())
     starts = [word.start() for word in WORD.finditer(text)] + [None]
     return text[:starts[limit] if limit and limit < len(starts) else None].rstrip("., ")
 
 
 def clean_label(text):
-    """The name of a thing without its article, and its place among several: ("cat", " on the left" or "")"""
+    """The name of a thing without its article, up to a stop, comma or semicolon, and its place among several:
+    ("cat", " on the left" or "")"""
     text = clean_text(re.sub(r"^\s*(an?|the)\s+", "", text, flags=re.I))
     name, place = re.fullmatch(f"(.*?)((?: (?:{'|'.join([*SIDES, *QUARTERS])}))?)", text).groups()
-    return clean_text(name, MAX_LABEL), place
+    return clean_text(re.split(r"[.,;](?:\s|$)", name)[0], MAX_LABEL), place
 
 
 class Subject(NamedTuple):
@@ -265,22 +65,31 @@ class Subject(NamedTuple):
     mask: str = ""           # an image file, where alpha does not cut the subject out
     has_cutout: bool = True  # False: a plain picture, for tasks that need no cut-out, and for backgrounds
     caption: str = ""        # of a plain picture
-    split: str = ""          # "train" or "test", where a metadata.jsonl says so
+    split: str = ""          # "train" or "test", where metadata or a folder says so
+    mask_value: int | None = None  # the level of the mask that means the subject
+    outline: str = ""        # instead of a mask: what tokenizer.draw_outline takes, as JSON
 
 
 NO_EMOJI = "no colour emoji font found (apt-get install fonts-noto-color-emoji brings one)"
-# Signs, not things: letters in boxes, arrows, clock faces, skin tones, flags of letters.
-NOT_A_THING = re.compile(
+# Letters in boxes, arrows, clock faces, skin tones, flags of letters; and things that have such a word.
+A_SIGN = re.compile(
     r"REGIONAL|FITZPATRICK|COMPONENT|SQUARED|CIRCLED|IDEOGRAPH|ARROW|KEYCAP|CLOCK FACE|TRIANGLE|SIGN\b|SYMBOL"
     r"|MARK\b|SQUARE$|CIRCLE$|DIAMOND|INPUT|BUTTON|HEAVY|CURLY|DIGIT|NUMBER|LARGE|VARIATION")
+A_THING = re.compile(
+    r"HEART|MOON|HANDS?\b|THUMBS|HORNS|^BOW |CAKE|KISS|MOUSE|BANKNOTE|BOOKMARK|ENVELOPE|E-MAIL|PHONE|CHART"
+    r"|(ANGER|SLEEPING|COLLISION|SWEAT|DASH|DIZZY|POINTS|LINK) SYMBOL|VOLTAGE|CONSTRUCTION|OCTAGONAL|^SMOKING"
+    r"|(GRINNING|SERIOUS) FACE")
 EMOJI = [*range(0x2300, 0x2C00), *range(0x1F300, 0x1FB00)]  # code points of Unicode's pictures
-is_emoji_set = functools.cache(lambda folder: any(folder.glob("*1f[3-9a][0-9a-f][0-9a-f].*")))
 
 
 def emoji_label(char):
-    """Its Unicode name; "" if it names no thing or is too long."""
+    """Its Unicode name, if it names a thing, else "". Of a long name fillers and all beyond five words go."""
     name = unicodedata.name(char, "").lower()
-    return name if len(words_of(name)) <= MAX_LABEL and not NOT_A_THING.search(name.upper()) else ""
+    if A_SIGN.search(name.upper()) and not A_THING.search(name.upper()):
+        return ""
+    if len(words_of(name)) > MAX_LABEL:
+        name = clean_text(re.sub(r"-| with\b| and\b", " ", name), MAX_LABEL)
+    return name
 
 
 def emoji_subjects():
@@ -298,19 +107,165 @@ def shape_subjects():
             for shape in SHAPES for a in COLOURS for b in COLOURS if a != b]
 
 
-# What people have in their folders. A record is a line of JSON, as in metadata.jsonl; other folders get one
-# record for each image.
+# ---- Folders, as people publish pictures ------------------------------------------------------------------
+# Each convention makes records: dicts with the keys of KEYS. Their paths are relative to the folder, with /.
+# `notes` counts what a user should know: notes["not read"][".heic"] += 1.
 
-def folder_records(root):
-    """The records of a folder: the lines of its metadata.jsonl, or else one for each image file."""
-    if (root / "metadata.jsonl").is_file():
-        with open(root / "metadata.jsonl", encoding="utf-8-sig", errors="replace") as lines:
-            yield from lines
-        return
-    for folder, _, files in sorted(os.walk(root)):  # (follows no links to folders: they may lead in circles)
-        for file in sorted(files):
-            if os.path.splitext(file)[1].lower() in IMAGE_ENDINGS:
-                yield json.dumps({"file_name": os.path.relpath(os.path.join(folder, file), root)})
+KEYS = {"file_name": ("file_name", "image", "file"), "text": ("text", "caption"),  # as metadata calls them
+        "mask": ("mask", "mask_file_name"), "mask_value": ("mask_value",), "label": ("label",),
+        "subject_id": ("subject_id",), "split": ("split",)}
+SPLITS = {"train": "train"} | dict.fromkeys(("test", "eval", "val", "valid", "validation", "dev"), "test")
+PICTURE_FOLDERS = ("images", "Images", "image", "imgs", "img", "JPEGImages", "data", "")
+MASK_BESIDE = re.compile("(.+)(?:-masklabel|[-_.]mask)")  # dog_mask.png beside dog.jpg
+MASK_IN_FOLDER = re.compile("((?:.+/)?)(?:masks?|annotations(?:/trimaps)?|Segmentation(?:Class|Object))/"
+                            "(.+?)(?:-masklabel|[-_.]mask)?")  # masks/dog.png beside images/dog.jpg
+CLASS_PREFIX = re.compile(r"(?:\d+_|n\d{8}-)(?=.)")  # kohya's repeats, wordnet's number
+TEXT_ENDINGS, OTHER_PICTURES = (".txt", ".caption"), (".heic", ".heif", ".jxl", ".svg", ".eps", ".dng")
+HIDDEN = (".", "__")  # .ipynb_checkpoints, ._1.png, __MACOSX
+
+
+def stem_of(path):
+    return os.path.splitext(path)[0]
+
+
+def read_text(path):
+    """A text file in UTF-8, with or without a byte-order mark, or else in cp1252. Raises BadInput."""
+    content = Path(path).read_bytes()
+    if b"\0" in content:
+        raise BadInput(f"{path}: has zero bytes, so it is no text in UTF-8: save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace")
+
+
+def list_files(root, notes):
+    """All files below a folder, as paths from there, without hidden ones"""
+    for folder, folders, files in os.walk(root):  # (follows no links to folders: they may lead in circles)
+        notes["not read"]["links to folders"] += sum(os.path.islink(f"{folder}/{name}") for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        inside = "" if folder == str(root) else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+        yield from (inside + name for name in sorted(files) if not name.startswith(HIDDEN))
+
+
+def find_masks(pictures):
+    """-> {stem of a picture: its mask}, the set of all masks. Whatever else stands among masks is one."""
+    stems, masks, found, folders = set(map(stem_of, pictures)), {}, set(), set()
+    for path in pictures:
+        beside, in_folder = MASK_BESIDE.fullmatch(stem_of(path)), MASK_IN_FOLDER.fullmatch(stem_of(path))
+        of = [beside[1]] if beside else []
+        if in_folder:
+            of += [os.path.join(in_folder[1] + name, in_folder[2]) for name in PICTURE_FOLDERS]
+        for stem in filter(stems.__contains__, of):
+            masks.setdefault(stem, path)
+            found.add(path)
+            folders |= {os.path.dirname(path)} if in_folder else set()
+    return masks, found.union(path for path in pictures if os.path.dirname(path) in folders)
+
+
+def metadata_records(root, path, masks, notes):
+    """metadata.jsonl, .json (an array) or .csv (commas, tabs or semicolons) -> a record for each line. masks:
+    as find_masks finds them. Raises BadInput, which names the line."""
+    text, number = read_text(root / path), 0
+    try:
+        if path.endswith(".csv"):
+            separator = max(",\t;", key=text.partition("\n")[0].count)
+            rows = csv.DictReader(io.StringIO(text), delimiter=separator)
+            lines = ((rows.line_num, row) for row in rows)
+        else:
+            lines = enumerate(json.loads(text) if path.endswith(".json") else io.StringIO(text), 1)
+        for number, line in lines:
+            if isinstance(line, str) and not line.strip():
+                continue
+            row = json.loads(line) if isinstance(line, str) else line
+            if not isinstance(row, dict) or None in row:
+                raise ValueError("not a value for each key (put quotes around a text with separators)")
+            row = {key: value for key, value in row.items() if value not in (None, "")}
+            record = {name: row[key] for name, keys in KEYS.items() for key in reversed(keys) if key in row}
+            notes["not read"].update(f"values of {key!r}" for key in row if key not in sum(KEYS.values(), ()))
+            if not isinstance(record.get("file_name"), str):
+                raise ValueError(f"no name of a file; the keys found are {', '.join(row)}")
+            if "split" in record and not split_of(str(record["split"])):
+                raise ValueError(f'"split" is {record["split"]!r}: write train or test, or leave it out')
+            if not str(record.get("mask_value", 0)).isdecimal():
+                raise ValueError(f'"mask_value" is {record["mask_value"]!r}: write a level from 0 to 255')
+            for name in {"file_name", "mask"} & set(record):
+                record[name] = os.path.normpath(os.path.join(os.path.dirname(path), str(record[name])))
+            yield {"mask": masks.get(stem_of(record["file_name"]))} | record
+    except (ValueError, csv.Error) as error:
+        reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
+        wanted = ", ".join(" or ".join(keys) for keys in KEYS.values())
+        raise BadInput(f"{root / path}, line {number}: {reason} (the keys wanted are {wanted})") from error
+
+
+def coco_records(root, path, used, notes):
+    """COCO instances -> a record for each thing that has an outline. Its photograph is looked for beside the
+    file and beside its folder, in images/ and data/ there, and in the folder of its subset in each of these.
+    Adds all photographs to `used`. Raises BadInput."""
+    folder, subset = os.path.dirname(path), stem_of(path).rpartition("_")[2]
+    places = [os.path.normpath(os.path.join(folder, up, images, part)) for up in ("", "..")
+              for images in ("images", "data", "") for part in (subset, "")]
+    try:
+        coco = json.loads(read_text(root / path))
+        labels = {category["id"]: category["name"] for category in coco["categories"]}
+        photographs = {}  # id: path, size
+        for image in coco["images"]:
+            found = (os.path.normpath(os.path.join(place, image["file_name"])) for place in places)
+            found = next((file for file in found if (root / file).is_file()), None)
+            photographs[image["id"]] = found, (image["height"], image["width"])
+            used.add(found)
+        for thing in coco["annotations"]:
+            (photograph, size), outline = photographs[thing["image_id"]], thing.get("segmentation") or []
+            if isinstance(outline, list):
+                polygons = [polygon for polygon in outline if len(polygon) > 5]
+                outline = polygons and {"size": size, "polygons": polygons}
+            if photograph and outline:
+                notes["marked"]["iscrowd"] += thing.get("iscrowd", 0)
+                yield {"file_name": photograph, "label": labels[thing["category_id"]],
+                       "outline": json.dumps(outline), "subject_id": f"{path} {thing['id']}"}
+            else:
+                notes["not read"][f"things without {'an outline' if photograph else 'a photograph'}"] += 1
+    except (ValueError, TypeError, LookupError) as error:
+        raise BadInput(f"{root / path}: not COCO's instances ({type(error).__name__}: {error})") from error
+
+
+def folder_records(root, files, notes):
+    """The records of a folder with these files. Raises BadInput if a file of metadata cannot be used."""
+    pictures = [path for path in files if os.path.splitext(path)[1].lower() in IMAGE_ENDINGS]
+    masks, used = find_masks(pictures)
+    notes["not read"]["masks without a picture"] += len(used.difference(masks.values()))
+    described = ()  # folders in which only the pictures that metadata names are used
+    for path in sorted(files, key=lambda path: -path.count("/")):  # the nearest to a picture describes it
+        found = {path}
+        content = (root / path).read_bytes() if path.endswith(".json") else b""
+        if b'"annotations"' in content and b'"categories"' in content:
+            records = coco_records(root, path, found, notes)
+        elif os.path.basename(path) in ("metadata.jsonl", "metadata.json", "metadata.csv"):
+            records = metadata_records(root, path, masks, notes)
+            described += (os.path.join(os.path.dirname(path), ""),)
+        else:
+            continue
+        for record in records:
+            if record["file_name"] in used:
+                notes["not read"]["records of pictures that a nearer file describes"] += 1
+                continue
+            found.update((record["file_name"], record.get("mask")))
+            yield record
+        used |= found
+    pictured = {*pictures, *map(stem_of, pictures)}
+    for path in files:
+        file, ending = os.path.basename(path), os.path.splitext(path)[1].lower()
+        if path in used or ending in TEXT_ENDINGS and stem_of(path) in pictured:
+            continue
+        if ending not in IMAGE_ENDINGS:
+            notes["not read"][file if file.startswith("metadata") else ending or file] += 1
+        elif path.startswith(described):
+            notes["not read"]["pictures that the metadata does not name"] += 1
+        else:
+            yield {"file_name": path, "mask": masks.get(stem_of(path))}
+
+
+is_emoji_set = functools.cache(lambda folder: any(folder.glob("*1f[3-9a][0-9a-f][0-9a-f].*")))
 
 
 def code_point_label(path):
@@ -325,61 +280,92 @@ def code_point_label(path):
     raise ValueError("an emoji of several characters, or not a thing")
 
 
-def file_subject(root, line):
-    """A record -> Subject. Its words are the first that there is of: text, the .txt beside the file, label,
-    code point, name of the file or of its class folder. Raises whatever is wrong with it."""
-    record = {name: value for name, value in json.loads(line).items() if value not in (None, "")}
-    path, mask = root / record["file_name"], root / record.get("mask", record["file_name"])
-    if any(os.path.relpath(file, root).split(os.sep)[0] == ".." for file in (path, mask)):
-        raise ValueError("leads out of the folder")
-    mirrored = path.with_name(path.name.replace("_mirror", ""))  # owl_mirror.png is a view of owl.png
-    original = mirrored if mirrored.is_file() else path
-    sidecar = original.with_suffix(".txt")
-    beside = sidecar.read_text("utf-8", "replace") if sidecar.is_file() else ""
-    text = str(record.get("text", beside)) or str(record.get("label", "")) or code_point_label(original)
-    file_or_class = original.stem if path.parent == root else path.parent.name
-    text = clean_text(text, MAX_CAPTION) or clean_text(file_or_class, MAX_CAPTION)
-    subject_id = record.get("subject_id")
-    name = original.relative_to(root).as_posix() if subject_id is None else f"subject_id {subject_id}"
-    has_mask, label = mask != path, clean_label(str(record.get("label", text)))[0] or clean_label(text)[0]
-    subject = Subject(f"{root.resolve().name}/{name}", label, "file", str(path), str(mask) * has_mask,
-                      is_cutout(path) or has_mask, text, record.get("split", ""))
+def split_of(folder):
+    """"val2017" -> "test"; "" if a folder of this name is no split"""
+    return SPLITS.get(folder.lower().rstrip("0123456789"), "")
+
+
+def words_for(root, path, record, sidecar):
+    """Yields what a picture may be called, the best first, each with where it stands. Raises ValueError."""
+    yield record.get("text", ""), "metadata"
+    beside = read_text(root / sidecar) if sidecar else ""
+    if re.fullmatch(r"(\s*[\d.]+){5,}\s*", beside):
+        raise ValueError("the text file beside it holds boxes, not words")
+    yield beside, "text files"
+    yield record.get("label", ""), "metadata"
+    yield code_point_label(root / path), "code points"
+    folders = [name for name in os.path.dirname(path).split("/")
+               if name not in PICTURE_FOLDERS and not split_of(name)]
+    yield CLASS_PREFIX.sub("", folders[-1]) if folders else "", "folders"
+    yield Path(path).stem, "file names"
+
+
+def file_subject(root, record, texts):
+    """A record -> Subject, and where its label stands. texts: {picture or its stem: the text file beside}"""
+    path, mask, outline = record["file_name"], record.get("mask") or "", record.get("outline", "")
+    folder, file = os.path.split(path)
+    mirrored = os.path.join(folder, file.replace("_mirror", ""))  # owl_mirror.png is a view of owl.png
+    original = mirrored if mirrored != path and (root / mirrored).is_file() else path
+    words = words_for(root, original, record, texts.get(original) or texts.get(stem_of(original)))
+    cleaned = ((clean_text(str(text), MAX_CAPTION), origin) for text, origin in words)
+    text, origin = next(found for found in cleaned if found[0])
+    origin = ("COCO" if outline else "metadata") if "label" in record else origin
+    label = clean_label(str(record.get("label", text)))[0] or clean_label(text)[0]
+    name = f"subject_id {record['subject_id']}" if "subject_id" in record else original
+    splits = filter(None, map(split_of, [str(record["split"])] if "split" in record else folder.split("/")))
+    subject = Subject(f"{root.resolve().name}/{name}", label, "file", str(root / path),
+                      str(root / mask) if mask else "", True, text, min(splits, default=""),
+                      int(record["mask_value"]) if "mask_value" in record else None, outline)
+    if outline:
+        turn_of_mask(json.loads(outline)["size"][::-1], root / path, "its outlines")
+    elif mask:
+        open_mask(root / path, root / mask, subject.mask_value)  # is it one, and of this picture?
+    else:
+        subject = subject._replace(has_cutout=is_cutout(root / path))
     json.dumps(subject, ensure_ascii=False).encode()  # raises if its name is not Unicode
-    return subject
+    return subject, origin
 
 
-def folder_subjects(folder, skipped):
-    """A user's own images. Adds to `skipped` what is unusable, and why. Raises BadInput without a folder."""
+def folder_subjects(folder, notes):
+    """A user's own pictures. Raises BadInput without a folder."""
     root = Path(folder)
     if not root.is_dir():
         raise BadInput(f"{folder}: no such folder (give emoji, shapes or a folder of images)")
-    for number, line in enumerate(folder_records(root), 1):
-        if not line.strip():
-            continue
+    files = list(list_files(root, notes))
+    texts = {stem_of(path): path for path in files if path.lower().endswith(TEXT_ENDINGS)}
+    inside, first = os.path.join(os.path.realpath(root), ""), {}
+    for record in folder_records(root, files, notes):
+        own = [root / record[name] for name in ("file_name", "mask") if record.get(name)]
         try:
-            subject = file_subject(root, line)
+            if not all(os.path.realpath(path).startswith(inside) for path in own):
+                raise ValueError("leads out of the folder")
+            subject, origin = file_subject(root, record, texts)
         except Exception as error:  # a damaged file can fail anywhere inside pillow
-            skipped.append(f"{line.strip()[:80]} ({type(error).__name__}: {error})")
+            reason = functools.reduce(lambda text, path: text.replace(f"{path}: ", ""), own, str(error))
+            notes["skipped"][first.setdefault(reason, f"{reason}, first {record['file_name']}")] += 1
             continue
-        if subject.split not in ("", "train", "test"):
-            raise BadInput(f"{root / 'metadata.jsonl'}, line {number}: \"split\" is "
-                           f'{json.dumps(subject.split)}: write "train" or "test", or leave it out')
+        notes["labels from"][origin] += 1
         yield subject
 
+
+# ---- Cut-outs, and all pictures of a run ------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=4000)  # at 64 px, as the cpu preset has it, 65 MB at most
 def open_cutout(subject, size=256):
     """The subject's pixels, cropped to its mask -> RGBA image, at most `size` px a side. Raises BadInput."""
-    image = {"emoji": paint_emoji, "shapes": paint_shape, "file": read_image}[subject.source](subject.path)
-    if subject.mask:
-        mask = over(read_image(subject.mask), BLACK).convert("L")
-        half = mask.getextrema()[1] / 2  # never at > 0: no halo of the old background
-        image.putalpha(mask.resize(image.size, Image.Resampling.NEAREST).point(lambda v: 255 * (v > half)))
+    if subject.source != "file":
+        image = {"emoji": paint_emoji, "shapes": paint_shape}[subject.source](subject.path)
+    elif not subject.mask and not subject.outline:
+        image = read_image(subject.path)
+    else:
+        image = read_once(subject.path, 16 * size).convert("RGBA")  # a copy
+        mask = open_mask(subject.path, subject.mask, subject.mask_value, subject.outline)
+        image.putalpha(mask.resize(image.size, Image.Resampling.NEAREST))
     if image.mode != "RGBA":
         raise BadInput(f"{subject.path}: no longer a cut-out (has the file changed?)")
     alpha = image.getchannel("A").point(lambda v: 255 * (v > 127))
     if len(alpha.getcolors()) < 2:
-        where = "mask" if subject.mask else "alpha"
+        where = "mask" if subject.mask else "outline" if subject.outline else "alpha"
         raise BadInput(f"{subject.path}: its {where} is empty, or hides nothing: this is no cut-out")
     image = image.crop(alpha.getbbox())
     image.thumbnail((size, size), reducing_gap=3)
@@ -423,32 +409,42 @@ class Subjects:
 def load_subjects(sources=None):
     """`emoji`, `shapes`, folders, with commas -> Subjects. None: emoji, else shapes. Raises BadInput."""
     if sources is None and emoji_font() is None:
-        print(f"{NO_EMOJI}: using --data shapes", file=sys.stderr)
+        say_once(f"{NO_EMOJI}: using --data shapes")
         sources = "shapes"
     sources = [source for source in (sources or "emoji").split(",") if source]
     if len({Path(source).resolve().name for source in sources}) < len(sources):
         raise BadInput(f"{','.join(sources)}: two sources of one name: rename one folder")
-    ids, labels, rows, skipped, lines = {}, set(), [], [], bytearray()  # ids: of subjects, by name
+    rows, lines, notes = [], bytearray(), defaultdict(Counter)
+    first = {}  # name of a subject: its id, and the label of its first picture, which decides for its views
     for source in sources:
         before, builtin = len(rows), {"emoji": emoji_subjects, "shapes": shape_subjects}.get(source)
-        for subject in builtin() if builtin else folder_subjects(source, skipped):
-            start, subject_id = len(lines), ids.setdefault(subject.name, len(ids))
+        for subject in builtin() if builtin else folder_subjects(source, notes):
+            start = len(lines)
+            subject_id, label = first.setdefault(subject.name, (len(first), subject.label))
             lines += json.dumps(subject).encode()
-            rows.append((subject_id, start, len(lines), is_held_out(subject), subject.has_cutout))
-            labels.add(subject.label)
+            held_out = is_held_out(subject._replace(label=label))
+            rows.append((subject_id, start, len(lines), held_out, subject.has_cutout))
+            notes["labels"][f'"{subject.label}"'] += 1
         if len(rows) == before:
-            endings, why = ", ".join(sorted(IMAGE_ENDINGS)), "".join(skipped[:1])
-            raise BadInput(f"{source}: not one usable image in it (looked for {endings}) {why}")
+            raise BadInput(f"{source}: not one usable image in it{describe(notes, '; ')}")
     lines, table = np.frombuffer(lines, np.uint8), np.array(rows, FIELDS)
-    if len(labels) < 100:
+    if len(notes["labels"]) < 100:
         table["held_out"] = [is_held_out(subject, by_label=False) for subject in Subjects(lines, table, "")]
     table["held_out"] = np.bincount(table["subject"], table["held_out"])[table["subject"]] > 0  # all views
     table = table[table["subject"].argsort(kind="stable")]
     views, n_cutouts = np.bincount(table["subject"]), table["has_cutout"].sum()
-    report = (f"{len(table)} images, {n_cutouts} of them cut-outs; {len(ids)} subjects, {len(labels)} "
-              f"labels, {(views * (views - 1)).sum()} pairs of views; skipped {len(skipped)} files"
-              + "".join(f"\n  {why}" for why in skipped[:3]))
-    return Subjects(lines, table, report)
+    report = (f"{len(table)} images, {n_cutouts} of them cut-outs; {len(first)} subjects, "
+              f"{len(notes['labels'])} labels, {(views * (views - 1)).sum()} pairs of views; "
+              f"{table['held_out'].sum()} held out; skipped {notes['skipped'].total()} files")
+    return Subjects(lines, table, report + describe(notes, "\n  "))
+
+
+def describe(notes, separator):
+    """What a folder holds, in words: the five commonest of each kind"""
+    found = {kind: [f"{n} {what}" for what, n in (+counts).most_common()] for kind, counts in notes.items()}
+    hint = " (convert pictures to PNG)" * any(map(notes["not read"].get, OTHER_PICTURES))
+    return "".join(f"{separator}{kind}: {', '.join(words[:5] + ['...'] * (len(words) > 5))}"
+                   f"{hint * (kind == 'not read')}" for kind, words in found.items() if words)
 
 
 # ---- Scenes: cut-outs on a background ---------------------------------------------------------------------
@@ -584,6 +580,36 @@ def operate(operation, picture, on_black, mask, behind, turn):
     return {"cut out": on_black, "mirror": picture[:, ::-1], "grey": grey}[operation]
 
 
+N_BACKGROUNDS, N_GROUNDS = 60, 2000  # of each background, and of grounds: each is painted once a worker
+
+
+@functools.lru_cache(maxsize=N_GROUNDS)
+def paint_ground(size, variant, subject):
+    """A ground of any look -> RGB: plain, a gradient, soft noise, a pattern, or the inside of a subject."""
+    rng = np.random.default_rng(variant)
+    kind = rng.choice(["gradient", "noise", "pattern", "inside"], p=[0.42, 0.23, 0.1, 0.25])
+    colours, angle = rng.uniform(0, 255, (3, 3)), rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:size, :size] / (size - 1) - 0.5
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    if kind == "gradient":
+        n, share = rng.integers(1, 4), (along - along.min()) / np.ptp(along)  # of one colour it is plain
+        image = np.stack([np.interp(share, np.linspace(0, 1, n), c[:n]) for c in colours.T], -1)
+    elif kind == "pattern":
+        period, squares = rng.uniform(0.08, 0.4), rng.uniform() < 0.5
+        odd = (along / period % 1 < 0.5) ^ (squares & (across / period % 1 < 0.5))
+        image = np.where(odd[..., None], colours[0], colours[1])
+    elif kind == "noise":
+        cells = rng.uniform(-1, 1, (rng.integers(2, 12),) * 2 + (3,)) * rng.uniform(20, 140) + colours[0]
+        cells = Image.fromarray(np.clip(cells, 0, 255).astype(np.uint8))
+        image = np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC))
+    else:
+        flat = over(open_cutout(subject, size), (*map(round, colours[0]), 255))
+        image = np.asarray(square_of(flat, size, *rng.uniform((0.25, 0, 0), 1)))
+    if rng.uniform() < 0.25:
+        image = image + rng.normal(0, rng.uniform(2, 14), (size, size, 1))
+    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
+
+
 class Background(NamedTuple):
     image: Image.Image  # RGB
     words: str          # what a caption calls it, or ""
@@ -606,9 +632,8 @@ class Scene(NamedTuple):
 
 
 # ---- Tasks ------------------------------------------------------------------------------------------------
-# To add one, colourisation say: a row in TASKS; a method of the same name (with _ for -) in TaskDataset,
-# whose samples have as many references as the prompt has <image>; a share in train.py's MIXES. (To ask for it
-# on the command line, see which_task in sample.py.)
+# To add one: a row in TASKS; a method of the same name (with _ for -) in TaskDataset, whose samples have as
+# many references as the prompt has <image>; a share in train.MIXES; and for drawing sample.which_task.
 
 class Task(NamedTuple):
     prompt: str                 # a reference stands at each <image>
@@ -620,7 +645,7 @@ class Task(NamedTuple):
     hide_picture: float = 0.15  # how often training hides the target's earlier patches
 
 
-# The prompt alone tells the model its task. (So recovery and subject-driven are one task to it.)
+# The prompt alone tells the model its task. (So recovery and subject-driven are one to it.)
 TASKS = {
     # Only words decide here. The patches drawn so far would answer sooner, so they are mostly hidden.
     "text-to-image": Task("{caption}", 3.0, 3.0, needs_cutout=False, hide_picture=0.65),
@@ -638,15 +663,6 @@ TASKS = {
 def fill_prompt(task, labels=(), caption=""):
     """-> the n + 1 texts around n references. The first label fills {label}."""
     return TASKS[task].prompt.format(label="".join(labels[:1]), caption=caption).split("<image>")
-
-
-def reference_copies(config, task, picture):
-    """A reference, uint8 (H, W, 3) -> the copies that the task uses: shrunk, in the middle, edges repeated"""
-    pictures = []
-    for size in (config.reference_sizes[index] for index in TASKS[task].copies):
-        wider = widened(picture, round(len(picture) * (1 / size - 1) / 2))  # at size 1 the picture itself
-        pictures.append(np.asarray(wider.resize(picture.shape[:2], Image.Resampling.BICUBIC)))
-    return pictures
 
 
 class Sample(NamedTuple):
@@ -832,14 +848,3 @@ class TaskDataset:
             where = AS_GIVEN if rng.uniform() < 0.65 else free_placement(rng)
             references.append(self.elsewhere(cutout, where, scene, rng))
         return scene.sample(*references)
-
-
-def known_text(subjects, backgrounds):
-    """What the captions of training say -> dict(words: all of them, in one string; backgrounds: a list)"""
-    named = [clean_text(picture.caption, MAX_BACKGROUND) for picture in backgrounds]
-    scenes = list(dict.fromkeys([*BACKGROUNDS, *filter(None, named)]))
-    fixed = ["a big thing and, in the middle", *SIZES, *PLACES, *QUARTERS, *scenes]
-    words = set(words_of(" ".join([*fixed, *(task.prompt for task in TASKS.values())])))
-    for i in np.flatnonzero(~subjects.table["held_out"]):
-        words.update(words_of(f"{subjects[i].label} {'' if subjects[i].has_cutout else subjects[i].caption}"))
-    return {"words": " ".join(sorted(words)), "backgrounds": scenes}

@@ -11,6 +11,7 @@ import copy
 import functools
 import math
 import re
+import unicodedata
 import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +24,11 @@ from torch import nn
 
 class BadInput(Exception):
     """Something that the user can mend: ends a script with one line and exit code 2. The rest are bugs."""
+
+
+def printable(text):
+    """A text from a file as a terminal may show it: without escape sequences"""
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
 
 
 # ---- Configuration ----------------------------------------------------------------------------------------
@@ -76,12 +82,16 @@ def autocast(device):
 
 WORD_TABLE_SIZE = 4096
 BOS, BOI, EOI, HIDDEN, PATCH = range(5)  # begin of sequence, begin and end of image, hidden patch, patch
-WORD = re.compile(r"\w+|[^\w\s]")  # a word or a sign
+# Marks and joiners are parts of words: the vowels of Thai, the accents of decomposed letters.
+MARKS = "\u200c\u200d" + "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
+WORD = re.compile(rf"[\w{MARKS}]+|[^\w\s{MARKS}]")  # a word or a sign
 
 
 def words_of(text):
-    """The words and signs of a text in lowercase. dogs becomes dog (bus and glass stay), an becomes a."""
-    return ["a" if word == "an" else re.sub("(?<=..[^s])s$", "", word) for word in WORD.findall(text.lower())]
+    """The words and signs of a text in lowercase, its accents composed (NFC). dogs becomes dog (bus and glass
+    stay), an becomes a."""
+    words = WORD.findall(unicodedata.normalize("NFC", text.lower()))
+    return ["a" if word == "an" else re.sub("(?<=..[^s])s$", "", word) for word in words]
 
 
 def word_ids(word):
@@ -412,8 +422,9 @@ def prefill(model, table, tokens, lengths, prompt_of):
 
 def choose_codes(logits, uniform, temperature):
     """Samples one code per row: the first up to which the probabilities add up to a number from [0, 1).
-    logits (B, codebook_size), uniform (B,) -> (B,). Temperature 0 takes the likeliest."""
-    if temperature == 0:
+    logits (B, codebook_size), uniform (B,) -> (B,). Temperature 0 takes the likeliest, like all so low that
+    the quotient could overflow."""
+    if temperature < 1e-3:
         return logits.argmax(-1)
     cumulative = (logits / temperature).softmax(-1).cumsum(-1)  # (B, codebook_size)
     passed = cumulative <= uniform[:, None] * cumulative[:, -1:]

@@ -16,15 +16,17 @@ import re
 import sys
 import textwrap
 import time
+import uuid
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import (AS_GIVEN, IMAGE_ENDINGS, PLACES, QUARTERS, TASKS, Subject, clean_label, clean_text, compose,
-                  fill_prompt, open_cutout, open_square, read_image, reference_copies, widened)
-from mentor import TEMPERATURES, BadInput, Config, Mentor, generate, words_of
-from tokenizer import Tokenizer, to_arrays, to_images
+from data import (AS_GIVEN, PLACES, QUARTERS, TASKS, Subject, clean_label, clean_text, compose, fill_prompt,
+                  open_cutout)
+from mentor import TEMPERATURES, BadInput, Config, Mentor, generate, printable, words_of
+from tokenizer import (IMAGE_ENDINGS, Tokenizer, is_cutout, open_square, reference_copies, to_arrays,
+                       to_images, widened)
 
 # ---- Checkpoints ------------------------------------------------------------------------------------------
 
@@ -52,10 +54,12 @@ def load_checkpoint(path):
 
 def load_models(path, device):
     """-> the transformer and the tokenizer of a checkpoint, ready to draw; what its captions said
-    (data.known_text). Raises BadInput."""
+    (train.known_text). Raises BadInput."""
     checkpoint = load_checkpoint(path)
     if checkpoint["stage"] == 0:
         raise BadInput(f"--ckpt {path} holds the tokenizer alone: give a stage1.pt or stage2.pt")
+    if not {"words", "backgrounds"} <= set(checkpoint.get("known", ())):
+        raise BadInput(f"--ckpt {path}: not a checkpoint of this program, or damaged (KeyError: known)")
     try:
         config = Config(**checkpoint["config"])
         model, tokenizer = Mentor(config), Tokenizer(config)
@@ -71,7 +75,7 @@ def load_models(path, device):
 @contextlib.contextmanager
 def whole_file(path):
     """Gives a temporary name to write to, then moves it to `path`: the file is there whole or not at all."""
-    temporary = f"{path}.tmp"
+    temporary = os.path.join(os.path.dirname(path), f"{uuid.uuid4().hex}.tmp")  # nobody has such a file
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         yield temporary
@@ -114,7 +118,7 @@ def draw(model, tokenizer, task, prompts, **how):
     how: as mentor.generate takes it; guidance is the task's unless given -> uint8 (len(prompts) * n, H, W,
     3). Raises BadInput if a prompt is too long."""
     def encode(reference):  # -> codes (copies, N, n_codebooks)
-        copies = reference_copies(model.config, task, reference)
+        copies = reference_copies(model.config, TASKS[task].copies, reference)
         return tokenizer.encode(to_images(copies, model.head_gain.device))
 
     encoded = [(pieces, [encode(reference) for reference in references]) for pieces, references in prompts]
@@ -158,15 +162,23 @@ def box_to_frame(on_black):
     return np.array([left, top, left + side, top + side])
 
 
-def open_reference(path, label, task, model, tokenizer):
-    """An image file as the task shows it -> uint8 (image_size, image_size, 3). Raises BadInput."""
-    size = model.config.image_size
+def open_references(files, task, model, tokenizer):
+    """files: (path, label) each -> as the task shows them: list of uint8 (image_size, image_size, 3). Raises
+    BadInput."""
+    size, pictures = model.config.image_size, {}
     if task not in ("subject-driven", "multi-image"):
-        return np.asarray(open_square(path, size))
-    if read_image(path).mode == "RGBA":  # a cut-out: its alpha says where the subject is
-        cutout = open_cutout(Subject(path, label, "file", path))
-        return np.asarray(compose(cutout, Image.new("RGB", (size, size), "white"), AS_GIVEN)[0])
-    return frame_subjects(model, tokenizer, [label], [np.asarray(open_square(path, 4 * size))])[0]
+        return [np.asarray(open_square(path, size)) for path, _ in files]
+    unframed = [i for i, (path, _) in enumerate(files) if not is_cutout(path)]
+    if unframed:
+        wide = [np.asarray(open_square(files[i][0], 4 * size)) for i in unframed]
+        framed = frame_subjects(model, tokenizer, [files[i][1] for i in unframed], wide)
+        pictures = dict(zip(unframed, framed))
+    for i, (path, label) in enumerate(files):
+        if i not in pictures:  # a cut-out: its alpha says where the subject is
+            cutout = open_cutout(Subject(path, label, "file", path))
+            on_white, _, _ = compose(cutout, Image.new("RGB", (size, size), "white"), AS_GIVEN)
+            pictures[i] = np.asarray(on_white)
+    return [pictures[i] for i in range(len(files))]
 
 
 # ---- What both command lines share ------------------------------------------------------------------------
@@ -204,13 +216,13 @@ def run_script(main):
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
             raise
         message = str(error).strip().splitlines()[-1]  # (a worker wraps its error into a traceback)
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 
 def say(text):
     if RANK == 0:
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 # ---- The command line -------------------------------------------------------------------------------------
@@ -254,7 +266,7 @@ def name_references(labels, prompt):
 
 
 def say_unknown(known, labels, caption):
-    """Says which words of --label and --prompt training never saw. known: from data.known_text."""
+    """Says which words of --label and --prompt training never saw. known: from train.known_text."""
     places = [*filter(None, PLACES), *(QUARTERS if len(labels) > 1 else ["in the middle"])]
     for phrase in sorted((*labels, *places, *known["backgrounds"]), key=len, reverse=True):
         caption = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", ",", caption)
@@ -294,26 +306,38 @@ def parse_args():
     return args
 
 
-def save_pictures(pictures, args):
-    """Writes uint8 (n, H, W, 3) where --output says: as one PNG, as a grid, or into a folder -> their
-    paths"""
+def output_paths(args):
+    """Where --output says: a PNG, one or a grid; or one for each picture in a folder. Raises BadInput if that
+    would overwrite an input."""
+    paths = [args.output]
     if not args.output.lower().endswith(".png"):
         paths = [os.path.join(args.output, f"{args.seed + i}.png") for i in range(args.n)]
-    elif args.n == 1:
-        paths = [args.output]
-    else:
+    old = [path for path in paths if os.path.exists(path)]
+    for name in filter(None, (*args.ref, *args.example, args.ckpt)):
+        if os.path.exists(name) and any(os.path.samefile(path, name) for path in old):
+            raise BadInput(f"-o {args.output}: it would overwrite {name}, which is read: give another name")
+    if old and args.output not in old:
+        say(f"-o {args.output}: {len(old)} of these pictures are there already and will be overwritten "
+            f"({os.path.basename(old[0])}, ...)")
+    return paths
+
+
+def save_pictures(pictures, paths, args):
+    """Writes uint8 (n, H, W, 3) to these paths; to a single one as a grid."""
+    if len(paths) < len(pictures):
         cells = [(f"seed {args.seed + i}", [picture]) for i, picture in enumerate(pictures)]
         titles = [args.prompt or " ".join(args.label)] + [""] * args.n
-        save_sheet([(titles[i // 4], cells[i:i + 4]) for i in range(0, args.n, 4)], args.output)
-        return [args.output]
+        return save_sheet([(titles[i // 4], cells[i:i + 4]) for i in range(0, args.n, 4)], args.output)
     for path, picture in zip(paths, pictures):
         with whole_file(path) as temporary:
             Image.fromarray(picture).save(temporary, "PNG")
-    return paths
 
 
 def main():
     args = parse_args()
+    if any("\n" in text.strip() for text in (args.prompt, *args.label)):
+        say("--prompt, --label: only the first line of each is used")
+    paths = output_paths(args)
     task = which_task(args.ref, args.label, args.prompt, args.example)
     if task == "reconstruction" and args.prompt:
         say("no --label: the reference is copied; add --label to draw its subject as --prompt says")
@@ -339,11 +363,11 @@ def main():
         caption, in_prompt = name_references(labels, caption)
         files = [files[i] for i in in_prompt]
     prompt, started = fill_prompt(task, labels, caption), time.time()
-    references = [open_reference(file, label, task, model, tokenizer) for file, label in files]
+    references = open_references(files, task, model, tokenizer)
     pictures = draw(model, tokenizer, task, [(prompt, references)], n=args.n, seed=args.seed,
                     temperatures=temperatures, **guidance)
     seconds = (time.time() - started) / args.n
-    paths = save_pictures(pictures, args)
+    save_pictures(pictures, paths, args)
     print(f"{task} with {path}: wrote {', '.join(paths)} ({seconds:.2f} s a picture)")
 
 

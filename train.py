@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -31,16 +32,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import TASKS, TaskDataset, emoji_font, fill_prompt, known_text, load_subjects, reference_copies
+from data import (AS_GIVEN, MAX_BACKGROUND, PLACES, QUARTERS, SIZES, TASKS, TaskDataset, clean_text, compose,
+                  fill_prompt, load_subjects, open_cutout)
 from mentor import (CODES, CONFIGS, HIDDEN, WORD_IDS, BadInput, Config, Mentor, autocast, build_sequence,
-                    has_bf16, hide_condition, pad_sequences, weighted_loss)
+                    has_bf16, hide_condition, pad_sequences, weighted_loss, words_of)
 from sample import (RANK, VERSION, WORLD, Parser, add_device_flag, at_least, draw, load_checkpoint,
                     run_script, save_sheet, say, whole_file)
-from tokenizer import Tokenizer, from_bytes, to_arrays, to_images
+from tokenizer import (BACKGROUNDS, Tokenizer, emoji_font, from_bytes, reference_copies, to_arrays,
+                       to_images)
 
 # For stages 0, 1, 2: optimizer steps, samples per step, peak learning rate. micro_batch: how many sequences
 # go through the transformer at once. It decides memory and speed; the gradient is that of the whole batch.
@@ -83,7 +87,8 @@ def collate(config, n_rows, samples):
     rows = []
     for s in samples:
         pieces, references = hide_condition(fill_prompt(s.task, s.labels, s.caption), s.references, s.hide)
-        rows.append((pieces, [reference_copies(config, s.task, reference) for reference in references], s))
+        rows.append((pieces, [reference_copies(config, TASKS[s.task].copies, reference)
+                              for reference in references], s))
     rows.sort(key=lambda row: config.n_patches * sum(map(len, row[1])) + len(" ".join(row[0]).split()))
     return [lay_out(config, rows[i:i + n_rows]) for i in range(0, len(rows), n_rows)]
 
@@ -245,9 +250,9 @@ def held_out_losses(model, tokenizer, datasets, n, device):
     return {name: np.round(value, 4).tolist() for name, value in losses.items()}
 
 
-def save_samples(samples, path, *models):
-    """samples: task -> list of data.Sample -> one labelled PNG: references, target and, given models, what
-    they draw."""
+def sheet_rows(samples, *models):
+    """samples: task -> list of data.Sample -> rows for save_sheet: references, target and, given models, what
+    they draw"""
     sheet = []
     for task, row in samples.items():
         prompts = [(fill_prompt(task, s.labels, s.caption), s.references) for s in row]
@@ -256,7 +261,7 @@ def save_samples(samples, path, *models):
         cells = [("<image>".join(pieces), [*references, sample.target, *its])
                  for (pieces, references), sample, its in zip(prompts, row, drawn)]
         sheet.append((f"{task}: {', '.join(columns)}", cells))
-    save_sheet(sheet, path)
+    return sheet
 
 
 def evaluate(run, held_out):
@@ -270,7 +275,7 @@ def evaluate(run, held_out):
     else:
         figures = held_out_losses(run.model, run.tokenizer, held_out, n, plan.device)
         first = {task: [dataset[i] for i in range(6)] for task, dataset in held_out.items()}
-        save_samples(first, plan.sheet, run.model, run.tokenizer)
+        save_sheet(sheet_rows(first, run.model, run.tokenizer), plan.sheet)
     log(plan, step=run.step, held_out=figures, seconds=round(run.seconds, 1))
     words = ", ".join(f"{name} {value}" for name, value in figures.items())
     tqdm.write(f"stage {plan.stage}, step {run.step}, held out: {words}", file=sys.stderr)
@@ -362,9 +367,20 @@ class Run:
     model: torch.nn.Module      # what is trained: the transformer, in stage 0 the tokenizer
     tokenizer: Tokenizer
     optimizers: list
-    known: dict                 # what captions say: data.known_text
+    known: dict                 # what captions say: known_text
     step: int = 0               # how many are done
     seconds: float = 0.0        # that they took
+
+
+def known_text(subjects, backgrounds):
+    """What the captions of training say -> dict(words: all of them, in one string; backgrounds: a list)"""
+    named = [clean_text(picture.caption, MAX_BACKGROUND) for picture in backgrounds]
+    scenes = list(dict.fromkeys([*BACKGROUNDS, *filter(None, named)]))
+    fixed = ["a big thing and, in the middle", *SIZES, *PLACES, *QUARTERS, *scenes]
+    words = set(words_of(" ".join([*fixed, *(task.prompt for task in TASKS.values())])))
+    for i in np.flatnonzero(~subjects.table["held_out"]):
+        words.update(words_of(f"{subjects[i].label} {'' if subjects[i].has_cutout else subjects[i].caption}"))
+    return {"words": " ".join(sorted(words)), "backgrounds": scenes}
 
 
 def start_run(plan, known):
@@ -393,10 +409,24 @@ def start_run(plan, known):
     return run
 
 
+def checksum_held_out(subjects):
+    names = {subjects[i].name for i in np.flatnonzero(subjects.table["held_out"])}
+    return zlib.crc32("\n".join(sorted(names)).encode())
+
+
+def compare_held_out(plan, settings, path):
+    """Says if a checkpoint was trained while other subjects were held out."""
+    if settings.get("held_out", plan.settings["held_out"]) != plan.settings["held_out"]:
+        say(f"{path} was trained while other subjects were held out (has --data changed?): figures may be of "
+            "subjects that it was trained on")
+
+
 def check_settings(plan, settings):
-    """Raises BadInput if a run was begun with other settings. Only bf16 may differ: its optimizers stay."""
+    """Raises BadInput if a run was begun with other settings. Only bf16, whose optimizers stay, and what is
+    held out may differ."""
+    compare_held_out(plan, settings, plan.path)
     for name, value in settings.items():
-        if plan.settings[name] != value and name != "bf16":
+        if plan.settings[name] != value and name not in ("bf16", "held_out"):
             raise BadInput(f"{plan.path} was trained with {name} {value}, not {plan.settings[name]}: "
                            "give the same, or another --out")
     if settings["bf16"] != plan.settings["bf16"]:
@@ -411,6 +441,7 @@ def load_previous(plan):
         raise BadInput(f"{path} is missing: stage {plan.stage} starts from it "
                        f"(python train.py --stage {plan.stage - 1} --out {plan.out})")
     checkpoint = load_stage(path, plan.config, plan.stage - 1)
+    compare_held_out(plan, checkpoint["settings"], path)
     if checkpoint["step"] < checkpoint["settings"]["steps"]:
         say(f"{path} is not finished (step {checkpoint['step']}): starting from it all the same")
     return checkpoint
@@ -447,9 +478,10 @@ def export(source, path):
     if not os.path.exists(source):
         raise BadInput(f"{source} is missing: train stage 2 first, or give its --out")
     checkpoint = load_checkpoint(source)
-    if "settings" not in checkpoint or os.path.realpath(path) == os.path.realpath(source):
-        raise BadInput(f"--export {path}: {source} is exported already, or would be overwritten: "
-                       "give another name or --out")
+    if "settings" not in checkpoint:
+        raise BadInput(f"{source} is an exported model already: copy it, or give another --out")
+    if os.path.exists(path):
+        raise BadInput(f"--export {path}: this file exists: delete it first, or give another name")
     if checkpoint["step"] < checkpoint["settings"]["steps"]:
         say(f"{source} is not finished (step {checkpoint['step']}): exporting it all the same")
     half = {part: {name: weight.half() for name, weight in checkpoint[part].items()}
@@ -502,6 +534,7 @@ def train(stage, args, device):
     """Trains one stage to its end, or resumes it; returns at once if it is finished."""
     plan = make_plan(stage, args, device)
     dataset, held_out = make_datasets(plan, args)
+    plan.settings["held_out"] = checksum_held_out(dataset.subjects)
     run = start_run(plan, known_text(dataset.subjects, dataset.backgrounds))
     net = parallel(run.model, device, args.compile and stage > 0)
     loader = make_loader(plan, dataset, run.step, args.workers)
@@ -547,13 +580,23 @@ def train(stage, args, device):
 
 
 def show(stage, args, device):
-    """A sheet of the first six samples of each task that this very run would learn from."""
+    """A sheet of the first six samples of each task that this very run would learn from. Before them a dozen
+    cut-outs, on a colour that shows what a wrong mask left in or cut off."""
     plan = make_plan(stage, args, device)
     dataset, _ = make_datasets(plan, args)
+    size, cells = plan.config.image_size, []
+    for i in np.random.default_rng(args.seed).permutation(dataset.cutouts)[:12]:
+        subject, magenta = dataset.subjects[i], Image.new("RGB", (size, size), (255, 0, 255))
+        try:
+            scene, _, _ = compose(open_cutout(subject, size), magenta, AS_GIVEN)
+            cells.append((subject.label, [np.asarray(scene)]))
+        except BadInput as error:
+            say(f"skipped: {error}")
+    rows = [("cut-outs" * (i == 0), cells[i:i + 6]) for i in range(0, len(cells), 6)]
     samples = [dataset[i] for i in range(500)]
-    rows = {task: [sample for sample in samples if sample.task == task][:6] for task in dataset.mix}
+    by_task = {task: [sample for sample in samples if sample.task == task][:6] for task in dataset.mix}
     path = os.path.join(args.out, f"stage{stage}-samples.png")
-    save_samples({task: row for task, row in rows.items() if row}, path)
+    save_sheet(rows + sheet_rows({task: row for task, row in by_task.items() if row}), path)
     print(f"wrote {path}; held out, and not in it: {dataset.subjects.table['held_out'].sum()} images")
 
 

@@ -19,7 +19,7 @@ from bench_quality import draw_all, draw_cases, make_cases
 from bench_several import asked, make_queries, make_scenes
 from data import TASKS, TaskDataset, fill_prompt, is_held_out, load_subjects
 from sample import SHIPPED, load_models, run_script, save_sheet
-from train import HELD_OUT, save_samples
+from train import HELD_OUT, sheet_rows
 
 WORDS = ("smiling face", "crying face", "red apple", "tangerine", "evergreen tree", "tulip", "sunflower",
          "blue heart", "crescent moon", "glowing star", "pizza", "frog face")
@@ -37,7 +37,7 @@ def main():
     datasets = {task: TaskDataset(subjects, {task: 1.0}, 64, (0, HELD_OUT), False)
                 for task in list(TASKS)[:5]}
     first = {task: [dataset[i] for i in range(6)] for task, dataset in datasets.items()}
-    save_samples(first, assets / "stage2.png", *models)
+    save_sheet(sheet_rows(first, *models), assets / "stage2.png")
 
     def draw_cells(task, prompts):
         return [("<image>".join(pieces), [*shown, picture])

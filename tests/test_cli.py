@@ -1,6 +1,7 @@
 """The commands of the README, and what they say when they cannot go on."""
 
 import errno
+import os
 import re
 import shlex
 import shutil
@@ -94,7 +95,11 @@ def test_where_a_label_places_a_thing_is_not_where_it_is_drawn(trained, ref, tmp
         drawn.extend(prompts)
         return np.zeros((1, 9, 9, 3), np.uint8)
 
-    monkeypatch.setattr(sample, "open_reference", lambda path, label, *_: opened.append(label) or label)
+    def open_references(files, *_):
+        opened.extend(label for _, label in files)
+        return [label for _, label in files]
+
+    monkeypatch.setattr(sample, "open_references", open_references)
     monkeypatch.setattr(sample, "draw", draw)
     sun, star = (("--ref", ref, "--label", label) for label in ("the sun on the left", "star"))
     for given, prompt in (
@@ -121,10 +126,8 @@ def test_a_cutout_is_shown_as_training_shows_it_wherever_it_stands_in_its_file(t
         sheet = Image.new("RGBA", (300, 240))
         sheet.paste(star, place)
         sheet.save(tmp_path / name)
-    a, b = (
-        sample.open_reference(str(tmp_path / name), "star", "subject-driven", noisy_model(), None)
-        for name in ("a.png", "b.png")
-    )
+    files = [(str(tmp_path / name), "star") for name in ("a.png", "b.png")]
+    a, b = sample.open_references(files, "multi-image", noisy_model(), None)
     shown = compose(star.crop(star.getbbox()), Image.new("RGB", (32, 32), "white"), AS_GIVEN)[0]
     assert np.array_equal(a, b) and np.abs(a.astype(int) - np.asarray(shown)).max() < 40
 
@@ -196,11 +199,70 @@ def test_export_halves_the_weights_and_draws(trained, tmp_path, monkeypatch, cap
         == 0
     )
     shutil.copy(small, tmp_path / "stage2.pt")
-    before = (trained / "stage2.pt").read_bytes()
-    for target, out in ((tmp_path / "again.pt", tmp_path), (trained / "stage2.pt", trained)):
-        code, err, _ = call(monkeypatch, capsys, train.main, "--export", target, "--out", out)
-        assert code == 2 and "give another name" in err[-1] and not (tmp_path / "again.pt").exists()
-    assert (trained / "stage2.pt").read_bytes() == before
+    code, err, _ = call(monkeypatch, capsys, train.main, "--export", tmp_path / "again.pt", "--out", tmp_path)
+    assert code == 2 and "an exported model already" in err[-1] and not (tmp_path / "again.pt").exists()
+    for target in (*(trained / name for name in train.CHECKPOINTS), small):
+        before = target.read_bytes()
+        code, err, _ = call(monkeypatch, capsys, train.main, "--export", target, "--out", trained)
+        assert code == 2 and "give another name" in err[-1] and target.read_bytes() == before
+
+
+def test_no_output_overwrites_an_input(trained, tmp_path, ref, monkeypatch, capsys):
+    (tmp_path / "own").mkdir()
+    shutil.copy(ref, tmp_path / "own" / "0.png")
+    shutil.copy(ref, tmp_path / "dog.png")
+    os.link(tmp_path / "dog.png", tmp_path / "same.png")
+    shutil.copy(trained / "stage2.pt", tmp_path / "model.png")
+    for output, *given in (
+        ("dog.png", "--ref", tmp_path / "dog.png"),
+        ("same.png", "--ref", tmp_path / "dog.png"),
+        ("own", "--ref", tmp_path / "own" / "0.png"),
+        ("dog.png", "--example", tmp_path / "dog.png", ref, "--ref", ref),
+        ("model.png", "--prompt", "a star", "--ckpt", tmp_path / "model.png"),
+    ):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+        given = ("--ckpt", trained / "stage2.pt", "-o", tmp_path / output, *given)
+        code, err, _ = call(monkeypatch, capsys, sample.main, *given)
+        assert code == 2 and "it would overwrite" in err[-1] and "give another name" in err[-1]
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
+
+
+def test_files_of_others_stay_and_what_is_there_already_is_said(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "x.png.tmp").write_text("mine")
+    common = ("--prompt", "a star", "--ckpt", trained / "stage2.pt", "-o")
+    assert call(monkeypatch, capsys, sample.main, *common, tmp_path / "x.png")[0] == 0
+    assert (tmp_path / "x.png.tmp").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+    for n, said in ((1, ""), (2, "1 of these pictures are there already and will be overwritten (0.png,")):
+        code, err, _ = call(monkeypatch, capsys, sample.main, *common, tmp_path / "each", "-n", n)
+        assert code == 0 and said in " ".join(err) and bool(said) == ("overwritten" in " ".join(err))
+
+
+def test_a_second_line_of_the_prompt_is_said_to_be_ignored(trained, tmp_path, monkeypatch, capsys):
+    given = ("--prompt", "a star\non the beach", "--ckpt", trained / "stage2.pt", "-o", tmp_path / "x.png")
+    code, err, _ = call(monkeypatch, capsys, sample.main, *given)
+    assert code == 0 and err[0] == "--prompt, --label: only the first line of each is used"
+
+
+def test_several_references_are_framed_in_one_drawing(tmp_path, monkeypatch):
+    """Those that need it, each for its label, and they come back in their order."""
+    calls = []
+
+    def draw(model, tokenizer, task, prompts, **how):
+        calls.append([pieces for pieces, _ in prompts])
+        return np.zeros((len(prompts), 32, 32, 3), np.uint8)  # nothing is found
+
+    monkeypatch.setattr(sample, "draw", draw)
+    files = []
+    for i, colour in enumerate(((200, 30, 30), (30, 200, 30), (30, 30, 200))):
+        files.append((str(tmp_path / f"{i}.png"), f"thing {i}"))
+        Image.new("RGB", (40, 40), colour).save(files[-1][0])
+    star = paint_shape("star red blue")
+    star.save(tmp_path / "star.png")
+    files.insert(1, (str(tmp_path / "star.png"), "star"))
+    shown = sample.open_references(files, "multi-image", noisy_model(), None)
+    assert calls == [[fill_prompt("segmentation", [label]) for _, label in files if label != "star"]]
+    assert [picture[0, 0].argmax() for picture in shown[:1] + shown[2:]] == [0, 1, 2]
+    assert shown[1][0, 0].tolist() == [255] * 3
 
 
 # -- bad input: the last line says what is wrong, exit code 2, nothing overwritten
@@ -210,6 +272,9 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
     whole, broken = trained / "stage2.pt", tmp_path / "broken.pt"
     broken.write_bytes(whole.read_bytes()[:50_000])
     (tmp_path / "text.png").write_text("not an image")
+    unknown = torch.load(whole, weights_only=True)
+    del unknown["known"]
+    torch.save(unknown, tmp_path / "unknown.pt")
     kept = tmp_path / "x.png"
     kept.write_text("kept")
     good, given = ("--prompt", "a star"), ("--ref", ref, "--ref", ref)
@@ -233,6 +298,7 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         (("--prompt", "x " * 500), "words of text, and"),
         ((*good, "--ckpt", broken), "broken.pt: not a checkpoint"),
         ((*good, "--ckpt", tmp_path / "none.pt"), "none.pt: no such file"),
+        ((*good, "--ckpt", tmp_path / "unknown.pt"), "unknown.pt: not a checkpoint"),
         ((*good, "--ckpt", trained / "tokenizer.pt"), "the tokenizer alone"),
         ((*good, "-n", "0"), "not a whole number from 1 up"),
         ((*good, "--temperature", "-1"), "not a number from 0 up"),
@@ -335,7 +401,10 @@ def test_show_writes_a_sheet_of_what_a_run_would_learn_from(tmp_path, monkeypatc
         train.load_sources.cache_clear()  # each is a command of its own
         code, err, out = call(monkeypatch, capsys, train.main, "--stage", stage, *toy, *args)
         assert code == 0 and "subjects" in "".join(err) and "held out" in out
-        heights.append(Image.open(tmp_path / "out" / f"stage{stage}-samples.png").height)
+        sheet = np.asarray(Image.open(tmp_path / "out" / f"stage{stage}-samples.png"))
+        heights.append(len(sheet))
+        magenta = (np.abs(sheet.astype(int) - (255, 0, 255)).max(2) < 9).mean((1,))
+        assert magenta[30:230].mean() > 0.05 > 0.01 > magenta[330:].mean()  # behind two rows of cut-outs
     assert heights[0] == heights[1] < heights[2] and heights[3] < heights[1]  # a row a task: 3, 3, 5, 1
     assert not (tmp_path / "out" / "stage2.pt").exists()
     code, err, _ = call(

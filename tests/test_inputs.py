@@ -8,9 +8,10 @@ from PIL import Image, ImageChops, ImageDraw
 
 import data
 import sample
+import train
 from data import Subject, load_subjects, open_cutout, paint_shape, read_image
 from mentor import BadInput
-from sample import frame_subjects, load_models, open_reference, say_unknown
+from sample import frame_subjects, load_models, open_references, say_unknown
 
 RAMP = np.linspace(0, 1, 48).repeat(48).reshape(48, 48)  # from black at the top to white at the foot
 
@@ -60,7 +61,7 @@ def test_such_a_picture_is_looked_through_for_its_subject(tmp_path, monkeypatch)
     monkeypatch.setattr(sample, "frame_subjects", lambda *args: asked.append(args[2]) or [args[3][0]])
     for name, write in (("photo.png", one_clear_pixel), ("cut.png", sprite)):
         write(tmp_path / name)
-        open_reference(str(tmp_path / name), "thing", "subject-driven", noisy_model(), None)
+        open_references([(str(tmp_path / name), "thing")], "subject-driven", noisy_model(), None)
     assert asked == [["thing"]]  # not of the cut-out
 
 
@@ -142,7 +143,7 @@ def test_a_mask_is_cut_at_half_of_its_brightest(tmp_path, bright):
     assert open_cutout(subject).size == (20, 10)
 
 
-KNOWN = data.known_text(load_subjects("shapes"), ())
+KNOWN = train.known_text(load_subjects("shapes"), ())
 
 
 @pytest.mark.parametrize(
@@ -167,17 +168,17 @@ def test_what_training_never_saw_is_said_in_one_line(capsys, labels, caption, na
 def test_training_says_the_label_of_a_cutout_and_the_caption_of_a_picture(tmp_path):
     for file in (sprite(tmp_path / "owl.png"), picture(tmp_path / "hill.jpg")):
         file.with_suffix(".txt").write_text(f"{file.stem} beside one two three four house")
-    words = data.known_text(load_subjects(str(tmp_path)), ())["words"].split()
+    words = train.known_text(load_subjects(str(tmp_path)), ())["words"].split()
     assert {"owl", "hill", "four", "house"} - set(words) == set()
     (tmp_path / "hill.jpg").unlink()
-    words = data.known_text(load_subjects(str(tmp_path)), ())["words"].split()
+    words = train.known_text(load_subjects(str(tmp_path)), ())["words"].split()
     assert {"owl", "beside"} <= set(words) and "house" not in words
 
 
 def test_training_keeps_the_words_that_it_saw_and_not_those_held_out(trained):
     known = torch.load(trained / "stage2.pt", weights_only=True)["known"]
     assert known == KNOWN and {"star", "beach", "the", "thing"} <= set(known["words"].split())
-    held_out = data.known_text(load_subjects("emoji"), ())["words"].split() if data.emoji_font() else []
+    held_out = train.known_text(load_subjects("emoji"), ())["words"].split() if data.emoji_font() else []
     assert "ophiuchus" not in held_out  # (a label held out)
 
 

@@ -369,6 +369,12 @@ def test_a_draw_follows_the_probabilities():
     assert edges.tolist() == [0, 3]
 
 
+def test_a_temperature_near_nothing_takes_the_likeliest():
+    logits, uniform = torch.tensor([[9.0, 30.0, 29.0]]), torch.tensor([0.9])
+    for temperature in (0, 1e-42, 1e-40, 1e-12, 1e-3):
+        assert choose_codes(logits, uniform, temperature).tolist() == [1]
+
+
 def test_each_level_has_its_own_temperature(model):
     prompt = [(["a cat"], [])]
     cold, mixed = (generate(model, prompt, AS_IT_IS, temperatures=t) for t in (COLD, (0, 5.0, 0)))

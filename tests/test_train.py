@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TOY, noisy_model, script
+from conftest import ROOT, TOY, noisy_model, script, sprite
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -22,7 +22,7 @@ import train
 from data import TASKS
 from mentor import (CODES, CONFIGS, HIDDEN, PATCH, WORD_IDS, BadInput, Mentor, build_sequence, hide_condition,
                     weighted_loss)
-from tokenizer import Tokenizer, to_images
+from tokenizer import Tokenizer, reference_copies, to_images
 
 CONFIG, CPU = CONFIGS["test"], torch.device("cpu")
 N = CONFIG.n_patches
@@ -69,8 +69,8 @@ def test_workers_lay_out_what_the_device_fills_with_codes():
         return toy.encode(to_images([picture], CPU))[0]
 
     def by_itself(s):
-        references = [torch.stack([encode(copy) for copy in data.reference_copies(CONFIG, s.task, reference)])
-                      for reference in s.references]
+        copies = [reference_copies(CONFIG, TASKS[s.task].copies, reference) for reference in s.references]
+        references = [torch.stack([encode(copy) for copy in of_one]) for of_one in copies]
         condition = hide_condition(data.fill_prompt(s.task, s.labels, s.caption), references, s.hide)
         target = encode(s.target)
         tokens = build_sequence(CONFIG, *condition, TASKS[s.task].copies, target)
@@ -129,12 +129,12 @@ def test_coverage_is_the_share_of_a_patch_that_the_subject_covers():
 def test_a_reference_at_two_thirds_is_shrunk_towards_the_middle_and_its_edges_go_on():
     picture = np.full((96, 96, 3), 50, np.uint8)
     picture[12:84, 12:84] = 200  # a subject given as most are: in the middle, .75 of the canvas
-    as_it_is, smaller = data.reference_copies(CONFIG, "subject-driven", picture)
+    as_it_is, smaller = reference_copies(CONFIG, TASKS["subject-driven"].copies, picture)
     assert np.array_equal(as_it_is, picture)
     wanted = np.full((96, 96, 3), 50, np.uint8)
     wanted[24:72, 24:72] = 200  # .5 of it
     assert (np.abs(smaller.astype(int) - wanted) > 20).mean() < 0.05  # (soft edges)
-    assert len(data.reference_copies(CONFIG, "segmentation", picture)) == 1
+    assert len(reference_copies(CONFIG, TASKS["segmentation"].copies, picture)) == 1
 
 
 def test_accumulation_over_micro_batches_equals_one_batch(model):
@@ -366,6 +366,28 @@ def test_a_run_resumes_on_a_machine_without_bf16_and_with_it_again(trained, tmp_
         checkpoint = torch.load(tmp_path / "stage2.pt", weights_only=True)
         assert checkpoint["step"] == ends and len(checkpoint["optimizers"]) == 2
         assert ("its last bits will differ" in capsys.readouterr().err) == (not has_bf16)
+
+
+def test_what_was_held_out_is_compared_with_the_stage_before_and_on_resuming(tmp_path, capsys, monkeypatch):
+    """A held-out picture that an earlier stage trained on makes its figures look better than they are."""
+    monkeypatch.setattr(train, "evaluate", lambda *_: None)
+    for i in range(30):
+        sprite(tmp_path / "mine" / f"{i}.png")
+
+    def warned(stage, steps):
+        train.load_sources.cache_clear()  # each is a command of its own
+        run_stage(stage, tmp_path / "out", steps=steps, data=str(tmp_path / "mine"), mix={"recovery": 1.0})
+        return "was trained while other subjects were held out" in capsys.readouterr().err
+
+    (tmp_path / "out").mkdir()
+    with contextlib.suppress(FileNotFoundError):  # (run_stage looks for a stage0.pt)
+        run_stage(0, tmp_path / "out", steps=1, data=str(tmp_path / "mine"))
+    assert [warned(1, 1), warned(2, 1), warned(2, 1)] == [False] * 3
+    for i in range(30, 60):
+        sprite(tmp_path / "mine" / f"{i}.png")
+    assert warned(2, 1)  # on resuming
+    (tmp_path / "out" / "stage2.pt").unlink()
+    assert warned(2, 1)  # by the stage before
 
 
 def test_the_logged_rate_is_that_of_the_last_steps(trained, tmp_path, monkeypatch):
