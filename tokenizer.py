@@ -272,7 +272,7 @@ def square_of(image, size, share=1, x=0.5, y=0.5):
 @functools.lru_cache(maxsize=1000)  # at 64 px, as the cpu preset has it, 200 MB at most
 def open_shrunk(path, size):
     """An image file, shrunk to at most the area of (4 size)^2 pixels. (A large PNG takes .2 s to decode.)"""
-    image = read_image(path, least=4 * size)
+    image = read_image(path, least=5 * size // 2)
     share = 4 * size / (image.width * image.height) ** 0.5
     if share < 1:
         image = image.resize([max(1, round(n * share)) for n in image.size], reducing_gap=3)
