@@ -27,10 +27,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from mentor import WORD, BadInput, printable, words_of
-from tokenizer import (BACKGROUNDS, COLOURS, IMAGE_ENDINGS, SHAPES, emoji_font, is_cutout, open_mask,
-                       open_square, over, paint_background, paint_emoji, paint_shape, read_image, read_once,
-                       square_of, turn_of_mask)
+from mentor import WORD, BadInput, printable
+from tokenizer import (BACKGROUNDS, COLOURS, EMOJI, IMAGE_ENDINGS, SHAPES, emoji_font, emoji_label,
+                       is_black_and_white, is_cutout, open_mask, open_square, over, paint_background,
+                       paint_emoji, paint_shape, read_image, read_once, square_of)
 
 say_once = functools.cache(lambda text: print(printable(text), file=sys.stderr))
 
@@ -49,8 +49,7 @@ def clean_text(text, limit=None):
 
 
 def clean_label(text):
-    """The name of a thing without its article, up to a stop, comma or semicolon, and its place among several:
-    ("cat", " on the left" or "")"""
+    """A thing's name without article, up to a stop or comma, and its place: ("cat", " on the left" or "")"""
     text = clean_text(re.sub(r"^\s*(an?|the)\s+", "", text, flags=re.I))
     name, place = re.fullmatch(f"(.*?)((?: (?:{'|'.join([*SIDES, *QUARTERS])}))?)", text).groups()
     return clean_text(re.split(r"[.,;](?:\s|$)", name)[0], MAX_LABEL), place
@@ -66,30 +65,11 @@ class Subject(NamedTuple):
     has_cutout: bool = True  # False: a plain picture, for tasks that need no cut-out, and for backgrounds
     caption: str = ""        # of a plain picture
     split: str = ""          # "train" or "test", where metadata or a folder says so
-    mask_value: int | None = None  # the level of the mask that means the subject
+    mask_value: int | str | None = None  # the level of the mask that means the subject
     outline: str = ""        # instead of a mask: what tokenizer.draw_outline takes, as JSON
 
 
 NO_EMOJI = "no colour emoji font found (apt-get install fonts-noto-color-emoji brings one)"
-# Letters in boxes, arrows, clock faces, skin tones, flags of letters; and things that have such a word.
-A_SIGN = re.compile(
-    r"REGIONAL|FITZPATRICK|COMPONENT|SQUARED|CIRCLED|IDEOGRAPH|ARROW|KEYCAP|CLOCK FACE|TRIANGLE|SIGN\b|SYMBOL"
-    r"|MARK\b|SQUARE$|CIRCLE$|DIAMOND|INPUT|BUTTON|HEAVY|CURLY|DIGIT|NUMBER|LARGE|VARIATION")
-A_THING = re.compile(
-    r"HEART|MOON|HANDS?\b|THUMBS|HORNS|^BOW |CAKE|KISS|MOUSE|BANKNOTE|BOOKMARK|ENVELOPE|E-MAIL|PHONE|CHART"
-    r"|(ANGER|SLEEPING|COLLISION|SWEAT|DASH|DIZZY|POINTS|LINK) SYMBOL|VOLTAGE|CONSTRUCTION|OCTAGONAL|^SMOKING"
-    r"|(GRINNING|SERIOUS) FACE")
-EMOJI = [*range(0x2300, 0x2C00), *range(0x1F300, 0x1FB00)]  # code points of Unicode's pictures
-
-
-def emoji_label(char):
-    """Its Unicode name, if it names a thing, else "". Of a long name fillers and all beyond five words go."""
-    name = unicodedata.name(char, "").lower()
-    if A_SIGN.search(name.upper()) and not A_THING.search(name.upper()):
-        return ""
-    if len(words_of(name)) > MAX_LABEL:
-        name = clean_text(re.sub(r"-| with\b| and\b", " ", name), MAX_LABEL)
-    return name
 
 
 def emoji_subjects():
@@ -114,13 +94,13 @@ def shape_subjects():
 KEYS = {"file_name": ("file_name", "image", "file"), "text": ("text", "caption"),  # as metadata calls them
         "mask": ("mask", "mask_file_name"), "mask_value": ("mask_value",), "label": ("label",),
         "subject_id": ("subject_id",), "split": ("split",)}
-SPLITS = {"train": "train"} | dict.fromkeys(("test", "eval", "val", "valid", "validation", "dev"), "test")
-PICTURE_FOLDERS = ("images", "Images", "image", "imgs", "img", "JPEGImages", "data", "")
-MASK_BESIDE = re.compile("(.+)(?:-masklabel|[-_.]mask)")  # dog_mask.png beside dog.jpg
-MASK_IN_FOLDER = re.compile("((?:.+/)?)(?:masks?|annotations(?:/trimaps)?|Segmentation(?:Class|Object))/"
-                            "(.+?)(?:-masklabel|[-_.]mask)?")  # masks/dog.png beside images/dog.jpg
-CLASS_PREFIX = re.compile(r"(?:\d+_|n\d{8}-)(?=.)")  # kohya's repeats, wordnet's number
-TEXT_ENDINGS, OTHER_PICTURES = (".txt", ".caption"), (".heic", ".heif", ".jxl", ".svg", ".eps", ".dng")
+SPLIT = re.compile("(train|test|eval|val|dev|holdout)(?:ing|uation|val|id|idation)?(?:[-_]?set)?[0-9]*", re.I)
+PICTURE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "data", "")  # no classes
+ONLY_MASKS = "annotations?|trimaps?|segmentation(?:s|class|object)?|gt(?:fine|coarse)|ground[-_]?truth"
+MASK_FOLDER = re.compile(f"(?:.*[-_. ])?(?:masks?|gt|mattes?|{ONLY_MASKS})(?:[-_. ].*)?", re.I)
+MASK_BESIDE = re.compile("(.+?)(?:-masklabel|[-_.](?:mask|seg|trimap|matte|parts_[0-9]+))", re.I)
+CLASS_PREFIX = re.compile(r"(?:\d+_|\d{3}\.|n\d{8}-)(?=.)")  # kohya's repeats, CUB's and wordnet's number
+TEXT_ENDINGS, OF_USE = (".txt", ".caption"), (".heic", ".heif", ".jxl", ".svg", ".xml", ".json", ".csv")
 HIDDEN = (".", "__")  # .ipynb_checkpoints, ._1.png, __MACOSX
 
 
@@ -149,31 +129,46 @@ def list_files(root, notes):
 
 
 def find_masks(pictures):
-    """-> {stem of a picture: its mask}, the set of all masks. Whatever else stands among masks is one."""
-    stems, masks, found, folders = set(map(stem_of, pictures)), {}, set(), set()
+    """-> {stem of a picture: its masks}, the set of all masks. A mask is beside its picture (dog_mask.png) or
+    in a folder named after masks, with otherwise the same path (masks/dog.png of images/dog.jpg)."""
+    among_masks = {path for path in pictures if any(map(MASK_FOLDER.fullmatch, path.split("/")[:-1]))}
+    stems = {stem_of(path) for path in pictures if path not in among_masks}
+    shortened, masks, found = defaultdict(set), defaultdict(list), set()
+    for stem in stems if among_masks else ():  # by its path, and by its path without one of its folders
+        *folders, name = stem.split("/")
+        for i in range(len(folders) + 1):
+            shortened["/".join((*folders[:i], *folders[i + 1:], name))].add(stem)
     for path in pictures:
-        beside, in_folder = MASK_BESIDE.fullmatch(stem_of(path)), MASK_IN_FOLDER.fullmatch(stem_of(path))
-        of = [beside[1]] if beside else []
-        if in_folder:
-            of += [os.path.join(in_folder[1] + name, in_folder[2]) for name in PICTURE_FOLDERS]
-        for stem in filter(stems.__contains__, of):
-            masks.setdefault(stem, path)
+        match = MASK_BESIDE.fullmatch(stem_of(path))
+        of = {match[1]} & stems if match else set()
+        if path in among_masks:
+            *folders, name = stem_of(path).split("/")
+            key = "/".join([*(part for part in folders if not MASK_FOLDER.fullmatch(part)), name])
+            keys = [key[:i] for i in range(len(key), 0, -1) if key[i:i + 1] in "-_."]  # dog_0 is of dog
+            of = next((shortened[key] for key in keys if key in shortened), set())
+            if len(of) > 1 or re.search("(?:^|/)masks?/", path, re.I):  # (which may be a class, too)
+                of = {stem for stem in of if stem in keys or {*PICTURE_FOLDERS} & {*stem.lower().split("/")}}
+        if len(of) == 1:
             found.add(path)
-            folders |= {os.path.dirname(path)} if in_folder else set()
-    return masks, found.union(path for path in pictures if os.path.dirname(path) in folders)
+            if "SegmentationObject/" not in path and "_parts_" not in path:  # these cut up another mask
+                masks[of.pop()].append(path)
+    folders = {os.path.dirname(path) for path in found & among_masks}
+    return masks, found | {path for path in among_masks if os.path.dirname(path) in folders
+                           or re.search(f"(?:^|/)(?:{ONLY_MASKS})/", path, re.I)}
 
 
 def metadata_records(root, path, masks, notes):
     """metadata.jsonl, .json (an array) or .csv (commas, tabs or semicolons) -> a record for each line. masks:
     as find_masks finds them. Raises BadInput, which names the line."""
-    text, number = read_text(root / path), 0
+    number, record = 0, None
     try:
-        if path.endswith(".csv"):
-            separator = max(",\t;", key=text.partition("\n")[0].count)
-            rows = csv.DictReader(io.StringIO(text), delimiter=separator)
+        file = io.StringIO(read_text(root / path), newline=None)
+        if path.lower().endswith(".csv"):
+            separator = max(",\t;", key=file.readline().count)
+            rows = csv.DictReader(io.StringIO(file.getvalue()), delimiter=separator, strict=True)
             lines = ((rows.line_num, row) for row in rows)
         else:
-            lines = enumerate(json.loads(text) if path.endswith(".json") else io.StringIO(text), 1)
+            lines = enumerate(json.load(file) if path.lower().endswith(".json") else file, 1)
         for number, line in lines:
             if isinstance(line, str) and not line.strip():
                 continue
@@ -185,72 +180,79 @@ def metadata_records(root, path, masks, notes):
             notes["not read"].update(f"values of {key!r}" for key in row if key not in sum(KEYS.values(), ()))
             if not isinstance(record.get("file_name"), str):
                 raise ValueError(f"no name of a file; the keys found are {', '.join(row)}")
+            for name, value in record.items():
+                if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+                    raise ValueError(f'"{name}" is {value!r}: write a text or a number')
             if "split" in record and not split_of(str(record["split"])):
                 raise ValueError(f'"split" is {record["split"]!r}: write train or test, or leave it out')
             if not str(record.get("mask_value", 0)).isdecimal():
                 raise ValueError(f'"mask_value" is {record["mask_value"]!r}: write a level from 0 to 255')
             for name in {"file_name", "mask"} & set(record):
-                record[name] = os.path.normpath(os.path.join(os.path.dirname(path), str(record[name])))
-            yield {"mask": masks.get(stem_of(record["file_name"]))} | record
-    except (ValueError, csv.Error) as error:
+                record[name] = os.path.relpath(root / os.path.dirname(path) / str(record[name]), root)
+            if "subject_id" in record:  # each file counts its own
+                record["subject_id"] = f"{path} {record['subject_id']}"
+            own = [record["mask"]] if "mask" in record else masks.get(stem_of(record["file_name"]), [])
+            yield record | {"mask": own}
+        if record is None:
+            raise ValueError("no record in it")
+    except (ValueError, TypeError, RecursionError, OSError, csv.Error) as error:
         reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
         wanted = ", ".join(" or ".join(keys) for keys in KEYS.values())
         raise BadInput(f"{root / path}, line {number}: {reason} (the keys wanted are {wanted})") from error
 
 
 def coco_records(root, path, used, notes):
-    """COCO instances -> a record for each thing that has an outline. Its photograph is looked for beside the
-    file and beside its folder, in images/ and data/ there, and in the folder of its subset in each of these.
-    Adds all photographs to `used`. Raises BadInput."""
-    folder, subset = os.path.dirname(path), stem_of(path).rpartition("_")[2]
-    places = [os.path.normpath(os.path.join(folder, up, images, part)) for up in ("", "..")
+    """COCO instances -> a record for each thing that has an outline. Adds all photographs to `used`; they are
+    beside the file or its folder, in images/ or data/ there, or in one of the subset. Raises BadInput."""
+    subset, number = stem_of(path).rpartition("_")[2], 0
+    places = [root / os.path.dirname(path) / up / images / part for up in ("", "..")
               for images in ("images", "data", "") for part in (subset, "")]
     try:
         coco = json.loads(read_text(root / path))
         labels = {category["id"]: category["name"] for category in coco["categories"]}
         photographs = {}  # id: path, size
         for image in coco["images"]:
-            found = (os.path.normpath(os.path.join(place, image["file_name"])) for place in places)
-            found = next((file for file in found if (root / file).is_file()), None)
-            photographs[image["id"]] = found, (image["height"], image["width"])
+            found = (os.path.relpath(place / image["file_name"], root) for place in places)
+            found = next((file for file in found if os.path.isfile(root / file)), None)
+            photographs[image["id"]] = found, (int(image["height"]), int(image["width"]))
             used.add(found)
-        for thing in coco["annotations"]:
+        for number, thing in enumerate(coco["annotations"], 1):
             (photograph, size), outline = photographs[thing["image_id"]], thing.get("segmentation") or []
             if isinstance(outline, list):
                 polygons = [polygon for polygon in outline if len(polygon) > 5]
                 outline = polygons and {"size": size, "polygons": polygons}
             if photograph and outline:
-                notes["marked"]["iscrowd"] += thing.get("iscrowd", 0)
+                notes["marked"]["iscrowd"] += bool(thing.get("iscrowd"))
                 yield {"file_name": photograph, "label": labels[thing["category_id"]],
-                       "outline": json.dumps(outline), "subject_id": f"{path} {thing['id']}"}
+                       "outline": json.dumps(outline), "subject_id": f"{path} {number}", "split": subset}
             else:
                 notes["not read"][f"things without {'an outline' if photograph else 'a photograph'}"] += 1
-    except (ValueError, TypeError, LookupError) as error:
-        raise BadInput(f"{root / path}: not COCO's instances ({type(error).__name__}: {error})") from error
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise BadInput(f"{root / path}: not COCO's instances (annotation {number}, {type(error).__name__}: "
+                       f"{error})") from error
 
 
 def folder_records(root, files, notes):
     """The records of a folder with these files. Raises BadInput if a file of metadata cannot be used."""
     pictures = [path for path in files if os.path.splitext(path)[1].lower() in IMAGE_ENDINGS]
     masks, used = find_masks(pictures)
-    notes["not read"]["masks without a picture"] += len(used.difference(masks.values()))
+    notes["not read"]["masks that no picture needs"] += len(used) - sum(map(len, masks.values()))
     described = ()  # folders in which only the pictures that metadata names are used
     for path in sorted(files, key=lambda path: -path.count("/")):  # the nearest to a picture describes it
         found = {path}
-        content = (root / path).read_bytes() if path.endswith(".json") else b""
+        content = (root / path).read_bytes() if path.endswith(".json") and (root / path).is_file() else b""
         if b'"annotations"' in content and b'"categories"' in content:
             records = coco_records(root, path, found, notes)
-        elif os.path.basename(path) in ("metadata.jsonl", "metadata.json", "metadata.csv"):
+        elif os.path.basename(path).lower() in ("metadata.jsonl", "metadata.json", "metadata.csv"):
             records = metadata_records(root, path, masks, notes)
             described += (os.path.join(os.path.dirname(path), ""),)
         else:
             continue
         for record in records:
-            if record["file_name"] in used:
-                notes["not read"]["records of pictures that a nearer file describes"] += 1
-                continue
-            found.update((record["file_name"], record.get("mask")))
-            yield record
+            notes["not read"]["records that a nearer file overrides"] += record["file_name"] in used
+            if record["file_name"] not in used:
+                found.update((record["file_name"], *record.get("mask", ())))
+                yield record
         used |= found
     pictured = {*pictures, *map(stem_of, pictures)}
     for path in files:
@@ -262,7 +264,7 @@ def folder_records(root, files, notes):
         elif path.startswith(described):
             notes["not read"]["pictures that the metadata does not name"] += 1
         else:
-            yield {"file_name": path, "mask": masks.get(stem_of(path))}
+            yield {"file_name": path, "mask": masks.get(stem_of(path), [])}
 
 
 is_emoji_set = functools.cache(lambda folder: any(folder.glob("*1f[3-9a][0-9a-f][0-9a-f].*")))
@@ -282,46 +284,47 @@ def code_point_label(path):
 
 def split_of(folder):
     """"val2017" -> "test"; "" if a folder of this name is no split"""
-    return SPLITS.get(folder.lower().rstrip("0123456789"), "")
+    match = SPLIT.fullmatch(folder)
+    return "" if match is None else "train" if match[1].lower() == "train" else "test"
 
 
 def words_for(root, path, record, sidecar):
     """Yields what a picture may be called, the best first, each with where it stands. Raises ValueError."""
     yield record.get("text", ""), "metadata"
     beside = read_text(root / sidecar) if sidecar else ""
-    if re.fullmatch(r"(\s*[\d.]+){5,}\s*", beside):
+    if re.search(r"(?:[ ,]-?[0-9.]+(?:e-?[0-9]+)?){4}\s*$", beside[:1000].split("\n")[0], re.I):
         raise ValueError("the text file beside it holds boxes, not words")
     yield beside, "text files"
     yield record.get("label", ""), "metadata"
     yield code_point_label(root / path), "code points"
     folders = [name for name in os.path.dirname(path).split("/")
-               if name not in PICTURE_FOLDERS and not split_of(name)]
+               if name.lower() not in PICTURE_FOLDERS and not split_of(name)]
     yield CLASS_PREFIX.sub("", folders[-1]) if folders else "", "folders"
     yield Path(path).stem, "file names"
 
 
 def file_subject(root, record, texts):
     """A record -> Subject, and where its label stands. texts: {picture or its stem: the text file beside}"""
-    path, mask, outline = record["file_name"], record.get("mask") or "", record.get("outline", "")
-    folder, file = os.path.split(path)
-    mirrored = os.path.join(folder, file.replace("_mirror", ""))  # owl_mirror.png is a view of owl.png
+    path, masks, outline = record["file_name"], record.get("mask", []), record.get("outline", "")
+    if len(masks) > 1:
+        raise ValueError("it has several masks: name the one of each thing in metadata.jsonl")
+    mirrored = re.sub("_mirror(?=[^/]*$)", "", path)  # owl_mirror.png is a view of owl.png
     original = mirrored if mirrored != path and (root / mirrored).is_file() else path
-    words = words_for(root, original, record, texts.get(original) or texts.get(stem_of(original)))
-    cleaned = ((clean_text(str(text), MAX_CAPTION), origin) for text, origin in words)
-    text, origin = next(found for found in cleaned if found[0])
-    origin = ("COCO" if outline else "metadata") if "label" in record else origin
+    for text, origin in words_for(root, original, record, texts.get(original, texts.get(stem_of(original)))):
+        if text := clean_text(str(text), MAX_CAPTION):
+            break
+    origin = "COCO" if outline else "metadata" if "label" in record else origin
     label = clean_label(str(record.get("label", text)))[0] or clean_label(text)[0]
     name = f"subject_id {record['subject_id']}" if "subject_id" in record else original
-    splits = filter(None, map(split_of, [str(record["split"])] if "split" in record else folder.split("/")))
-    subject = Subject(f"{root.resolve().name}/{name}", label, "file", str(root / path),
-                      str(root / mask) if mask else "", True, text, min(splits, default=""),
-                      int(record["mask_value"]) if "mask_value" in record else None, outline)
-    if outline:
-        turn_of_mask(json.loads(outline)["size"][::-1], root / path, "its outlines")
-    elif mask:
-        open_mask(root / path, root / mask, subject.mask_value)  # is it one, and of this picture?
-    else:
-        subject = subject._replace(has_cutout=is_cutout(root / path))
+    splits = filter(None, map(split_of, (str(record.get("split", "")), *path.split("/")[:-1])))
+    mask = "".join(str(root / mask) for mask in masks)
+    if mask or outline:  # is it one, and of this picture?
+        open_mask(root / path, mask, record.get("mask_value"), outline, 512)
+    has_cutout = bool(mask or outline) or is_cutout(root / path)
+    if not has_cutout and is_black_and_white(root / path):
+        raise ValueError("black and white without grey, as a mask is: name its picture in metadata.jsonl")
+    subject = Subject(f"{root.resolve().name}/{name}", label, "file", str(root / path), mask, has_cutout,
+                      text, next(splits, ""), record.get("mask_value"), outline)
     json.dumps(subject, ensure_ascii=False).encode()  # raises if its name is not Unicode
     return subject, origin
 
@@ -329,19 +332,19 @@ def file_subject(root, record, texts):
 def folder_subjects(folder, notes):
     """A user's own pictures. Raises BadInput without a folder."""
     root = Path(folder)
-    if not root.is_dir():
+    if not os.path.isdir(folder):
         raise BadInput(f"{folder}: no such folder (give emoji, shapes or a folder of images)")
     files = list(list_files(root, notes))
     texts = {stem_of(path): path for path in files if path.lower().endswith(TEXT_ENDINGS)}
     inside, first = os.path.join(os.path.realpath(root), ""), {}
     for record in folder_records(root, files, notes):
-        own = [root / record[name] for name in ("file_name", "mask") if record.get(name)]
+        own = [root / file for file in (record["file_name"], *record.get("mask", ()))]
         try:
             if not all(os.path.realpath(path).startswith(inside) for path in own):
                 raise ValueError("leads out of the folder")
             subject, origin = file_subject(root, record, texts)
         except Exception as error:  # a damaged file can fail anywhere inside pillow
-            reason = functools.reduce(lambda text, path: text.replace(f"{path}: ", ""), own, str(error))
+            reason = str(error).replace(f"{own[0]}: ", "").replace(f"{own[-1]}: ", "its mask: ")
             notes["skipped"][first.setdefault(reason, f"{reason}, first {record['file_name']}")] += 1
             continue
         notes["labels from"][origin] += 1
@@ -365,16 +368,14 @@ def open_cutout(subject, size=256):
         raise BadInput(f"{subject.path}: no longer a cut-out (has the file changed?)")
     alpha = image.getchannel("A").point(lambda v: 255 * (v > 127))
     if len(alpha.getcolors()) < 2:
-        where = "mask" if subject.mask else "outline" if subject.outline else "alpha"
-        raise BadInput(f"{subject.path}: its {where} is empty, or hides nothing: this is no cut-out")
+        raise BadInput(f"{subject.path}: its alpha is empty, or hides nothing: this is no cut-out")
     image = image.crop(alpha.getbbox())
     image.thumbnail((size, size), reducing_gap=3)
     return image
 
 
 def is_held_out(subject, by_label=True):
-    """One subject in ten is never trained on. If no split says which, a hash of its label decides, so that
-    no source shows a held-out thing; where labels are few, a hash of its name."""
+    """One in ten is. If no split decides, a hash of the label does, alike in all sources; or of the name."""
     one_in_ten = zlib.crc32((subject.label if by_label else subject.name).encode()) % 10 == 0
     return subject.split == "test" if subject.split else one_in_ten
 
@@ -442,7 +443,7 @@ def load_subjects(sources=None):
 def describe(notes, separator):
     """What a folder holds, in words: the five commonest of each kind"""
     found = {kind: [f"{n} {what}" for what, n in (+counts).most_common()] for kind, counts in notes.items()}
-    hint = " (convert pictures to PNG)" * any(map(notes["not read"].get, OTHER_PICTURES))
+    hint = " (convert pictures to PNG, outlines to COCO)" * any(map(notes["not read"].get, OF_USE))
     return "".join(f"{separator}{kind}: {', '.join(words[:5] + ['...'] * (len(words) > 5))}"
                    f"{hint * (kind == 'not read')}" for kind, words in found.items() if words)
 
@@ -581,7 +582,6 @@ def operate(operation, picture, on_black, mask, behind, turn):
 
 
 N_BACKGROUNDS, N_GROUNDS = 60, 2000  # of each background, and of grounds: each is painted once a worker
-
 
 @functools.lru_cache(maxsize=N_GROUNDS)
 def paint_ground(size, variant, subject):

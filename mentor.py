@@ -96,7 +96,8 @@ def words_of(text):
 
 def word_ids(word):
     """-> two indices into the word table, the same on every machine"""
-    first, second = divmod(zlib.crc32(word.encode()) % (WORD_TABLE_SIZE - 5) ** 2, WORD_TABLE_SIZE - 5)
+    hashed = zlib.crc32(word.encode(errors="surrogatepass")) % (WORD_TABLE_SIZE - 5) ** 2
+    first, second = divmod(hashed, WORD_TABLE_SIZE - 5)
     return first + 5, second + 5
 
 

@@ -14,7 +14,9 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
+import unicodedata
 import warnings
 
 import numpy as np
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
-from mentor import BadInput
+from mentor import BadInput, words_of
 
 # ---- Between pictures (uint8 arrays) and images (tensors) -------------------------------------------------
 
@@ -197,12 +199,13 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 @contextlib.contextmanager
-def opened(path, least=1):
+def opened(path, least=None):
     """An image file, before its pixels are decoded. least: pixels that each side must keep; a larger JPEG is
     decoded at a half, a quarter or an eighth, which is faster. Raises BadInput, which names the file."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            image.draft(None, (least, least))
+            if least or image.width * image.height > MOST_PIXELS:
+                image.draft(None, (least or 4096, least or 4096))
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels: the limit is 89 million")
             yield image
@@ -211,7 +214,7 @@ def opened(path, least=1):
         raise BadInput(f"{path}: not a readable image ({reason})") from error
 
 
-def read_image(path, least=10**6):
+def read_image(path, least=None):
     """Any image file, turned as its EXIF says -> an RGBA image if it is a cut-out, else RGB, on white.
     least: as `opened` takes it. Raises BadInput."""
     with opened(path, least) as image:
@@ -251,6 +254,15 @@ def is_cutout(path):
     with opened(path) as image:
         has_alpha = image.has_transparency_data
     return has_alpha and read_image(path).mode == "RGBA"
+
+
+def is_black_and_white(path):
+    """Whether a file of one channel has two levels of grey at most, as masks have"""
+    with opened(path) as image:
+        if image.mode not in ("1", "L", "P") or image.has_transparency_data:
+            return False
+        colours = image.convert("RGB").getcolors(2) or [(0, (0, 0, 1))]
+        return all(red == green == blue for _, (red, green, blue) in colours)
 
 
 def over(image, colour):
@@ -326,6 +338,27 @@ def paint_emoji(char, font=None):
     image = Image.new("RGBA", (2 * font.size, 2 * font.size))
     ImageDraw.Draw(image).text((font.size // 4, font.size // 4), char, font=font, embedded_color=True)
     return image
+
+
+# Letters in boxes, arrows, clock faces, skin tones, flags of letters; and things that have such a word.
+A_SIGN = re.compile(
+    r"REGIONAL|FITZPATRICK|COMPONENT|SQUARED|CIRCLED|IDEOGRAPH|ARROW|KEYCAP|CLOCK FACE|TRIANGLE|SIGN\b|SYMBOL"
+    r"|MARK\b|SQUARE$|CIRCLE$|DIAMOND|INPUT|BUTTON|HEAVY|CURLY|DIGIT|NUMBER|LARGE|VARIATION")
+A_THING = re.compile(
+    r"HEART|MOON|HANDS?\b|THUMBS|HORNS|^BOW |CAKE|KISS|MOUSE|BANKNOTE|BOOKMARK|ENVELOPE|E-MAIL|PHONE|CHART"
+    r"|(ANGER|SLEEPING|COLLISION|SWEAT|DASH|DIZZY|POINTS|LINK) SYMBOL|VOLTAGE|CONSTRUCTION|OCTAGONAL|^SMOKING"
+    r"|(GRINNING|SERIOUS) FACE")
+EMOJI = [*range(0x2300, 0x2C00), *range(0x1F300, 0x1FB00)]  # code points of Unicode's pictures
+
+
+def emoji_label(char):
+    """Its Unicode name, if it names a thing, else "". Of a long name fillers and all beyond five words go."""
+    name = unicodedata.name(char, "").lower()
+    if A_SIGN.search(name.upper()) and not A_THING.search(name.upper()):
+        return ""
+    if len(words_of(name)) > 5:
+        name = " ".join(re.sub(r"-| with\b| and\b", " ", name).split()[:5])
+    return name
 
 
 # Points around the middle; how far out every second one is.
@@ -413,17 +446,19 @@ def read_mask(path, value=None):
     """A mask file -> L image, 255 where the subject is. value: the level that means the subject. Without it
     two levels, or a smooth edge, are cut at half of the brightest; of a palette all numbers are the subject
     but 0 (background) and 255 (void). Raises BadInput if the levels seem to be numbers of classes."""
-    with opened(path, least=10**6) as image:
+    with opened(path) as image:
         levels, palette = np.asarray(image), np.reshape(image.getpalette() or [], (-1, 3))
         of_palette = image.mode == "P" and np.ptp(palette[np.unique(levels)], 1).any()  # not just greys
     if not of_palette:
-        levels = np.asarray(over(read_image(path), BLACK).convert("L"))
+        colours = over(read_image(path), BLACK)
+        levels = np.asarray(colours.convert("L"))
+        several = np.ptp(np.asarray(colours), 2).max() > 32 and len(colours.getcolors(2) or "abc") > 2
     found, inside = np.unique(levels), levels > levels.max() / 2  # never at > 0: no halo of the background
     if value is not None:
-        inside = levels == value
+        inside = levels == int(value)
     elif of_palette:
         inside = (levels > 0) & (levels < 255)
-    elif found[-1] < 200 and (len(found) > 2 or found[0] > 0) or (
+    elif several or found[-1] < 200 and (len(found) > 2 or found[0] > 0) or (
             2 < len(found) < 32 and (levels[~inside] > 0).sum() > inside.sum()):
         levels = ", ".join(map(str, found[:9])) + ", ..." * (len(found) > 9)
         raise BadInput(f"{path}: its levels are {levels}, as if they were numbers of classes: say with "
@@ -448,28 +483,41 @@ def turn_of_mask(size, path, name):
     raise BadInput(f"{path} ({stored[0]} x {stored[1]}) and {name} ({size[0]} x {size[1]}): {what}")
 
 
-def open_mask(path, mask, value=None, outline=""):
+def open_mask(path, mask, value=None, outline="", most=4096):
     """The mask of the picture at `path`, turned as the picture is -> L image, 0 or 255. outline: instead of a
-    mask file, what draw_outline takes, as JSON. Raises BadInput."""
-    image = draw_outline(json.loads(outline)) if outline else read_mask(mask, value)
+    mask file, what draw_outline takes, as JSON. Raises BadInput if it is none of this picture."""
+    try:
+        image = draw_outline(json.loads(outline), most) if outline else read_mask(mask, value)
+        if not has_free_border(image):
+            raise ValueError("it covers three quarters of the border or more: is it inverted?")
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        raise BadInput(f"{path}: its {'outline' if outline else 'mask'} cannot be used: {error}") from error
     image.getexif()[0x112] = turn_of_mask(image.size, path, mask or "its outlines")
     return ImageOps.exif_transpose(image)
 
 
-def draw_outline(outline):
+def draw_outline(outline, most=4096):
     """An outline of COCO -> L image, 255 inside, as pycocotools 2.0.11 draws it. It has "size" (height,
-    width) and "counts" (run lengths, columns first) or "polygons" (lists of x, y, x, y, ...)."""
+    width) and "counts" (run lengths, columns first) or "polygons" (lists of x, y, x, y, ...). These are drawn
+    up to 8 times as large, at `most` so many pixels, since Pillow draws the rim, too. Raises ValueError."""
     height, width = outline["size"]
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"it is of {width} x {height} pixels: the limit is 89 million")
     if "counts" in outline:
         counts = outline["counts"]
         counts = decompress_counts(counts) if isinstance(counts, str) else counts
+        if sum(counts) != width * height or min(counts) < 0:
+            raise ValueError(f"its run lengths do not add up to {width} x {height} pixels")
         inside = np.repeat(np.arange(len(counts)) % 2, counts).reshape(width, height).T
         return Image.fromarray((inside * 255).astype(np.uint8))
     polygons = [np.reshape(polygon, (-1, 2)) for polygon in outline["polygons"]]
-    corners = np.clip(np.concatenate(polygons), 0, (width, height))
+    corners = np.concatenate(polygons) / (width, height)
+    if not (np.abs(corners - 0.5) < 0.6).all():
+        raise ValueError(f"its corners lie outside of {width} x {height} pixels")
+    corners = corners.clip(0, 1) * (width, height)
     (left, top), (right, bottom) = np.floor(corners.min(0)).astype(int), np.ceil(corners.max(0)).astype(int)
     w, h = max(1, right - left), max(1, bottom - top)
-    fine = max(1, min(8, 4096 // max(w, h)))  # drawn so many times as large: pillow draws the rim, too
+    fine = max(1, min(8, most // max(w, h)))
     drawn = Image.new("L", (w * fine, h * fine))
     for polygon in polygons:
         corners = (polygon - (left, top)) * fine - 0.5

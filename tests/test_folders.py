@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 import data
 import tokenizer
 from data import load_subjects, open_cutout
-from mentor import BadInput, printable, words_of
+from mentor import BadInput, printable, word_ids, words_of
 
 BOX, SIZE = (24, 20, 71, 59), (96, 80)  # of a red ellipse on a green photograph
 AREA = 1500  # pixels of the ellipse
@@ -73,7 +73,7 @@ def read(folder):
 def test_a_mask_beside_its_picture(tmp_path, name):
     photo(tmp_path / "dog.jpg")
     mask(tmp_path / name)
-    mask(tmp_path / "iron_mask.png")  # a picture: there is no iron.*
+    photo(tmp_path / "iron_mask.png")  # a picture: there is no iron.*
     found, _ = read(tmp_path)
     assert found.keys() == {"dog", "iron_mask"} and abs(found["dog"][0] - AREA) < 30  # (a lossy mask)
 
@@ -88,15 +88,44 @@ def test_a_mask_beside_its_picture(tmp_path, name):
         ("JPEGImages/dog.jpg", "SegmentationClass/dog.png"),
         ("images/dog.jpg", "annotations/trimaps/dog.png"),
         ("dog.jpg", "masks/dog.png"),
+        ("IMAGES/dog.jpg", "MASKS/dog.png"),
+        ("train/dog.jpg", "train_masks/dog_mask.png"),  # Carvana
+        ("DUTS-TR/DUTS-TR-Image/dog.jpg", "DUTS-TR/DUTS-TR-Mask/dog.png"),
+        ("images/dog.jpg", "ground_truth_mask/dog.png"),  # ECSSD
+        ("images/dog.jpg", "masks/dog_m01yrx_4f.png"),  # Open Images
+        ("JPEGImages/480p/dog/0.jpg", "Annotations/480p/dog/0.png"),  # DAVIS
+        ("images/001.dog/0.jpg", "segmentations/001.dog/0.png"),  # CUB
     ],
 )
 def test_masks_in_a_parallel_folder(tmp_path, pictures, masks):
     photo(tmp_path / pictures)
     mask(tmp_path / masks)
     mask((tmp_path / masks).with_name("lonely.png"))
-    found, report = read(tmp_path)
-    assert found == {"dog": (AREA, "dog", "train" if "train" in pictures else "")}
-    assert "not read: 1 masks without a picture" in report and "labels from: 1 file names" in report
+    subjects = load_subjects(str(tmp_path))
+    assert [area(subject) for subject in subjects] == [AREA]
+    assert subjects[0].label in ("dog", "duts-tr-image")
+    assert subjects[0].split == "train" * ("train" in pictures)
+    assert "not read: 1 masks that no picture needs" in subjects.report
+
+
+def test_masks_that_cannot_be_told_apart_are_no_pictures_either(tmp_path):
+    """Parts of a mask, several masks of a picture, masks of any name in black and white, and Cityscapes'."""
+    photo(tmp_path / "images" / "dog.jpg")
+    for name in ("SegmentationClass/dog.png", "SegmentationObject/dog.png"):
+        mask(tmp_path / "voc" / name)
+    photo(tmp_path / "voc" / "JPEGImages" / "dog.jpg")
+    for name in ("masks/dog_0.png", "masks/dog_1.png", "brush/task-1-tag-dog-0.png"):
+        mask(tmp_path / name)
+    mask(tmp_path / "gtFine" / "aachen" / "dog_gtFine_labelIds.png", 7, 26)
+    photo(tmp_path / "ade.jpg")
+    mask(tmp_path / "ade_seg.png")
+    mask(tmp_path / "ade_parts_1.png")
+    subjects = load_subjects(str(tmp_path))
+    assert {(s.label, area(s)) for s in subjects} == {("voc", AREA), ("ade", AREA)}
+    assert "1 it has several masks: name the one of each thing in metadata.jsonl, first images/dog.jpg" in (
+        subjects.report)
+    assert "1 black and white without grey, as a mask is" in subjects.report
+    assert "3 masks that no picture needs" in subjects.report
 
 
 def test_masks_alone_are_a_class_of_their_own(tmp_path):
@@ -117,6 +146,9 @@ VOC = [0] * 36 + [64, 0, 128] + [0] * 726 + [224, 224, 192]  # the palette of VO
         ({"ground": 2, "subject": 1, "edge": 3}, None, "1, 2, 3"),  # the trimap of Oxford's pets
         ({"ground": 2, "subject": 1, "edge": 3}, 1, 1132),
         ({"ground": 1, "subject": 2}, None, "1, 2"),
+        ({"ground": 255, "subject": 0}, None, "is it inverted?"),
+        ({"subject": 0}, None, "nothing in it is opaque"),
+        ({"subject": (250, 250, 0), "edge": (120, 0, 0), "mode": "RGB"}, None, "0, 36, 222"),
         ({"ground": 0, "subject": 12, "edge": 255}, None, "0, 12, 255"),  # VOC, its palette lost
         ({"ground": 0, "subject": 12, "edge": 255}, 12, 1132),
         ({"ground": 0, "subject": 12, "edge": 255, "mode": "P", "palette": VOC}, None, 1132),
@@ -126,27 +158,31 @@ VOC = [0] * 36 + [64, 0, 128] + [0] * 726 + [224, 224, 192]  # the palette of VO
 )
 def test_masks_by_what_they_hold(tmp_path, how, value, wanted):
     photo(tmp_path / "1.png")
-    mask(tmp_path / "m.png", **how)
+    mask(tmp_path / "m.png", **({"ground": (0, 0, 0)} if how.get("mode") == "RGB" else {}) | how)
     cutout(tmp_path / "2.png")
     first = {"file_name": "1.png", "mask": "m.png", "label": "dog", "mask_value": value}
     lines(tmp_path / "metadata.jsonl", first, {"file_name": "2.png", "label": "other"})
     found, report = read(tmp_path)
     if isinstance(wanted, str):
-        assert "dog" not in found and f"its levels are {wanted}," in report and "mask_value" in report
+        wanted = f"its levels are {wanted}, as if they were numbers of classes" if "," in wanted else wanted
+        assert "dog" not in found and wanted in report
     else:
         assert found["dog"][0] == wanted
 
 
 def test_a_mask_of_another_shape_is_refused_and_one_of_another_size_scaled(tmp_path):
-    photo(tmp_path / "dog.png", (400, 300))
+    photo(tmp_path / "dog.jpg", (400, 300))
     mask(tmp_path / "dog_mask.png", size=(300, 400))
+    photo(tmp_path / "pig.jpg", (500, 500))
+    mask(tmp_path / "pig_mask.png", size=(500, 490))
     photo(tmp_path / "cat.png")
     Image.open(photo(tmp_path / "x.png")).convert("L").point(lambda v: 255 * (v < 110)).resize((48, 40)).save(
         tmp_path / "cat_mask.png"
     )
     found, report = read(tmp_path)
     assert found.keys() == {"cat", "x"} and abs(found["cat"][0] - AREA) < 100
-    assert "dog.png (400 x 300) and" in report and "dog_mask.png (300 x 400): not of one shape" in report
+    assert "dog.jpg (400 x 300) and" in report and "dog_mask.png (300 x 400): not of one shape" in report
+    assert "pig_mask.png (500 x 490): not of one shape" in report
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -214,7 +250,7 @@ def test_the_nearest_metadata_describes_a_picture_and_folders_are_splits(tmp_pat
         "owl": "test",
         "deep/2.png": "train",
     }
-    assert "1 records of pictures that a nearer file describes" in report
+    assert "1 records that a nearer file overrides" in report
     assert "1 pictures that the metadata does not name" in report and "2 held out" in report
 
 
@@ -228,6 +264,13 @@ def test_the_nearest_metadata_describes_a_picture_and_folders_are_splits(tmp_pat
         ("metadata.jsonl", '{"file_name": "1.png", "mask_value": "dog"}', "line 1: \"mask_value\" is 'dog'"),
         ("metadata.jsonl", '{"file_name": {"path": "1.png"}}', "line 1: no name of a file"),
         ("metadata.json", '{"1.png": "dog"}', "line 1: not JSON"),
+        ("metadata.json", "5", "line 0: 'int' object is not iterable"),
+        ("metadata.jsonl", "[" * 100_000, "line 1: maximum recursion"),
+        ("metadata.jsonl", "\n\n", "no record in it"),
+        ("metadata.jsonl", '{"file_name": "1.png", "label": ["a"]}', "line 1: \"label\" is \\['a'\\]: write"),
+        ("metadata.csv", "file_name,text\n", "no record in it"),
+        ("metadata.csv", 'file_name,text\n1.png,"a dog\n2.png,an owl\n', "unexpected end of data"),
+        ("c.json", '{"images": [], "categories": [], "annotations": [{"image_id": 9}]}', "annotation 1, KeyErr"),
         ("metadata.csv", "file_name,text\n1.png,a dog, behind", "line 2: not a value for each key .*quotes"),
         ("metadata.csv", "name,text\n1.png,dog", "line 2: .*found are name, text"),
         ("metadata.csv", "file_name,text\n1.png,\0dog", "metadata.csv: has zero bytes"),
@@ -238,6 +281,28 @@ def test_metadata_that_cannot_be_used_is_an_error(tmp_path, name, content, error
     cutout(tmp_path / "1.png")
     text(tmp_path / name, content)
     with pytest.raises(BadInput, match=error):
+        load_subjects(str(tmp_path))
+
+
+def test_each_file_of_metadata_has_subjects_of_its_own(tmp_path):
+    """Both splits count their subjects from 0. They are not views of one another."""
+    for split in ("train", "test"):
+        for i in range(2):
+            cutout(tmp_path / split / f"{i}.png")
+        records = [{"file_name": f"{i}.png", "subject_id": i} for i in range(2)]
+        lines(tmp_path / split / "metadata.jsonl", *records)
+    report = load_subjects(str(tmp_path)).report
+    assert "4 subjects" in report and "0 pairs" in report and "2 held out" in report
+
+
+def test_links_to_nowhere_and_long_names_stop_nothing(tmp_path):
+    cutout(tmp_path / "1.png")
+    (tmp_path / "x.json").symlink_to(tmp_path / "nowhere.json")
+    assert read(tmp_path)[0].keys() == {"1"}
+    with pytest.raises(BadInput, match="no such folder"):
+        load_subjects("x" * 5000)
+    (tmp_path / "metadata.csv").symlink_to(tmp_path / "nowhere.csv")
+    with pytest.raises(BadInput, match="metadata.csv, line 0: .*No such file"):
         load_subjects(str(tmp_path))
 
 
@@ -294,6 +359,44 @@ def test_photographs_of_coco_are_found(tmp_path, photograph, file):
     assert read(tmp_path)[0] == {"dog": (1600, "dog", split)}
 
 
+@pytest.mark.parametrize(
+    "outline",
+    [
+        {"size": [80, 96], "counts": [100, 20]},
+        {"size": [80, 96], "counts": [100, -5, 7585]},
+        {"size": [80, 96], "counts": [100.5, 500, 7079.5]},
+        {"size": [80, 96], "counts": "zzz~~"},
+        {"size": [80, 96], "counts": None},
+        {"size": [80, 96], "counts": [7680]},
+        {"size": [80, 96]},
+        {"size": [80000, 96000], "counts": [1]},
+        {"size": None, "counts": [1]},
+        [[10, 10, 50, 10, 50, 50, 20]],
+        [["10", "10", "50", "10", "50", "50"]],
+        [[None] * 6],
+        [[float("nan")] * 6],
+        [[400, 10, 500, 10, 500, 50]],
+        [[0, 0, 0.5, 0, 0.5, 0.5]],
+        [[0, 0, 96, 0, 96, 80, 0, 80]],
+        "abc",
+        5,
+    ],
+)
+def test_outlines_that_are_none_are_skipped_when_the_folder_is_read(tmp_path, outline):
+    photo(tmp_path / "1.jpg")
+    coco(tmp_path / "c.json", ["1.jpg"], [("dog", outline, {}), ("cat", [SQUARE], {})])
+    found, report = read(tmp_path)
+    assert found.keys() == {"cat"} and "skipped 1 files" in report and "its outline cannot be used" in report
+
+
+def test_a_subset_of_coco_is_a_split_and_things_of_one_id_are_several(tmp_path):
+    photo(tmp_path / "images" / "1.jpg")
+    things = [("dog", [SQUARE], {"id": 1}), ("cat", [SQUARE], {"id": 1})]
+    coco(tmp_path / "annotations" / "instances_val.json", ["1.jpg"], things)
+    subjects = load_subjects(str(tmp_path))
+    assert [s.split for s in subjects] == ["test"] * 2 and "2 subjects" in subjects.report
+
+
 def test_photographs_of_coco_are_no_pictures_of_their_own(tmp_path):
     photo(tmp_path / "1.jpg")
     coco(tmp_path / "boxes.json", ["1.jpg"], [("dog", None, {"bbox": [1, 2, 3, 4]})])
@@ -347,6 +450,8 @@ def test_a_photograph_of_several_things_is_decoded_once(tmp_path, monkeypatch):
         ("10_sks dog/1.png", "sks dog", ""),  # kohya
         ("n02085620-Chihuahua/1.png", "chihuahua", ""),  # ImageNet
         ("train/dog/1.png", "dog", "train"),
+        ("training/dog/1.png", "dog", "train"),
+        ("test_set/dog/1.png", "dog", "test"),
         ("dog/val/1.png", "dog", "test"),
         ("dog/images/1.png", "dog", ""),
         ("eval/owl.png", "owl", "test"),
@@ -381,6 +486,9 @@ def test_text_files_beside(tmp_path, name, beside):
         ("a cafe\u0301", "utf-8", "caf\u00e9"),
         ("owl", "utf-16", "has zero bytes"),
         ("0 0.5 0.5 0.2 0.3\n", "utf-8", "holds boxes, not words"),
+        ("0 0.512345 0.498765 0.401234 0.398765 0.2 1e-05", "utf-8", "holds boxes, not words"),
+        ("cat,0.5,0.5,0.4,-0.39", "utf-8", "holds boxes, not words"),
+        ("1" * 3000 + " cats", "utf-8", "1" * 3000 + " cats"),
     ],
 )
 def test_texts_as_they_are_written(tmp_path, content, encoding, label):
@@ -412,7 +520,7 @@ def test_every_ending_that_pillow_opens_and_one_line_for_what_it_does_not(tmp_pa
         text(tmp_path / name, "junk")
     found, report = read(tmp_path)
     assert found.keys() == {*endings, "phone"}
-    line = "not read: 1 .heic, 1 .jxl, 1 metadata.parquet, 1 notes (convert pictures to PNG)"
+    line = "not read: 1 .heic, 1 .jxl, 1 metadata.parquet, 1 notes (convert pictures to PNG, "
     assert line in report.splitlines()[1]
 
 
@@ -458,6 +566,10 @@ def test_one_label_of_a_subject_decides_for_its_views(tmp_path):
     assert by_subject[:, 0].tolist() == [
         zlib.crc32(b"side 0 of toy %d" % s) % 10 == 0 for s in range(300)
     ]
+
+
+def test_a_word_that_is_not_unicode_has_indices_too():
+    assert word_ids("dog\udcff") != word_ids("dog")
 
 
 @pytest.mark.parametrize("word", ["हिन्दी", "ภาษาไทย", "বাংলা", "cafe\u0301", "می\u200cخواهم"])
