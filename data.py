@@ -1,7 +1,7 @@
 """What a model is taught with, composed on the fly. From one emoji to one training row, in order of calls:
 
-    emoji_subjects -> Subjects -> TaskDataset.__getitem__ -> the task's method (open_cutout, vary, scene)
-    -> Sample -> train.collate and lay_out (fill_prompt, mentor.build_sequence) -> Batch -> train.fill_codes
+    emoji_subjects or folder_subjects -> Subjects -> TaskDataset.__getitem__ -> the task's method (with
+    open_cutout, vary, scene) -> Sample -> train.collate, lay_out -> Batch -> train.fill_codes
 
     subject      a thing with a label. A Subject is one picture of it; others are its views
     cut-out      an RGBA image of a subject alone, cropped to its mask; on black: in its place, on black
@@ -28,9 +28,10 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from mentor import WORD, BadInput, printable
-from tokenizer import (BACKGROUNDS, COLOURS, EMOJI, IMAGE_ENDINGS, SHAPES, emoji_font, emoji_label,
-                       is_black_and_white, is_cutout, open_mask, open_square, over, paint_background,
-                       paint_emoji, paint_shape, read_image, read_once, square_of)
+from tokenizer import (BACKGROUNDS, COLOURS, EMOJI, IMAGE_ENDINGS, SHAPES, code_point_label,
+                       emoji_font, emoji_label, is_black_and_white, is_cutout, open_mask, open_square, over,
+                       paint_background, paint_emoji, paint_shape, read_image, read_once, read_text,
+                       square_of)
 
 say_once = functools.cache(lambda text: print(printable(text), file=sys.stderr))
 
@@ -88,35 +89,33 @@ def shape_subjects():
 
 
 # ---- Folders, as people publish pictures ------------------------------------------------------------------
-# Each convention makes records: dicts with the keys of KEYS. Their paths are relative to the folder, with /.
-# `notes` counts what a user should know: notes["not read"][".heic"] += 1.
+# Each convention makes records: dicts with the keys of KEYS (and "outline" from COCO). Paths in them are
+# relative to the folder; "mask" is a list. `notes` counts what to say: notes["not read"][".heic"] += 1.
+#
+#     metadata.jsonl, .json, .csv: the nearest at or above a picture describes it     metadata_records
+#     COCO instances, with photographs beside, in images/, in the subset's folder     coco_records
+#     dog_mask.png beside dog.jpg; masks/dog.png and images/dog.jpg                   find_masks
+#     the label: dog.txt, dog.png.txt, dog.caption beside; a class folder, kohya's    words_for
+#     10_dog, CUB's 001.dog, wordnet's n02084071-dog; the name of the file
+#     1f436.png, emoji_u1f436.png: emoji sets                                         code_point_label
+#     train/, test/, val2017/: splits                                                 split_of
+#     dog_mirror.png: another view of dog.png                                         file_subject
 
 KEYS = {"file_name": ("file_name", "image", "file"), "text": ("text", "caption"),  # as metadata calls them
         "mask": ("mask", "mask_file_name"), "mask_value": ("mask_value",), "label": ("label",),
         "subject_id": ("subject_id",), "split": ("split",)}
 SPLIT = re.compile("(train|test|eval|val|dev|holdout)(?:ing|uation|val|id|idation)?(?:[-_]?set)?[0-9]*", re.I)
-PICTURE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "data", "")  # no classes
+PICTURE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages", "data", ""}  # these are no labels
 ONLY_MASKS = "annotations?|trimaps?|segmentation(?:s|class|object)?|gt(?:fine|coarse)|ground[-_]?truth"
 MASK_FOLDER = re.compile(f"(?:.*[-_. ])?(?:masks?|gt|mattes?|{ONLY_MASKS})(?:[-_. ].*)?", re.I)
 MASK_BESIDE = re.compile("(.+?)(?:-masklabel|[-_.](?:mask|seg|trimap|matte|parts_[0-9]+))", re.I)
-CLASS_PREFIX = re.compile(r"(?:\d+_|\d{3}\.|n\d{8}-)(?=.)")  # kohya's repeats, CUB's and wordnet's number
+CLASS_PREFIX = re.compile(r"(?:\d+_|\d{3}\.|n\d{8}-)(?=.)")
 TEXT_ENDINGS, OF_USE = (".txt", ".caption"), (".heic", ".heif", ".jxl", ".svg", ".xml", ".json", ".csv")
 HIDDEN = (".", "__")  # .ipynb_checkpoints, ._1.png, __MACOSX
 
 
 def stem_of(path):
     return os.path.splitext(path)[0]
-
-
-def read_text(path):
-    """A text file in UTF-8, with or without a byte-order mark, or else in cp1252. Raises BadInput."""
-    content = Path(path).read_bytes()
-    if b"\0" in content:
-        raise BadInput(f"{path}: has zero bytes, so it is no text in UTF-8: save it as UTF-8")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", "replace")
 
 
 def list_files(root, notes):
@@ -129,32 +128,38 @@ def list_files(root, notes):
 
 
 def find_masks(pictures):
-    """-> {stem of a picture: its masks}, the set of all masks. A mask is beside its picture (dog_mask.png) or
-    in a folder named after masks, with otherwise the same path (masks/dog.png of images/dog.jpg)."""
-    among_masks = {path for path in pictures if any(map(MASK_FOLDER.fullmatch, path.split("/")[:-1]))}
-    stems = {stem_of(path) for path in pictures if path not in among_masks}
-    shortened, masks, found = defaultdict(set), defaultdict(list), set()
-    for stem in stems if among_masks else ():  # by its path, and by its path without one of its folders
+    """-> {stem of a picture: its masks}, the set of all masks"""
+    in_folders = {path for path in pictures if any(map(MASK_FOLDER.fullmatch, path.split("/")[:-1]))}
+    stems = {stem_of(path) for path in pictures if path not in in_folders}
+    by_path, masks, found = defaultdict(set), defaultdict(list), set()
+    for stem in stems if in_folders else ():  # by its path, and by its path without one of its folders
         *folders, name = stem.split("/")
         for i in range(len(folders) + 1):
-            shortened["/".join((*folders[:i], *folders[i + 1:], name))].add(stem)
+            by_path["/".join((*folders[:i], *folders[i + 1:], name))].add(stem)
     for path in pictures:
         match = MASK_BESIDE.fullmatch(stem_of(path))
         of = {match[1]} & stems if match else set()
-        if path in among_masks:
-            *folders, name = stem_of(path).split("/")
-            key = "/".join([*(part for part in folders if not MASK_FOLDER.fullmatch(part)), name])
-            keys = [key[:i] for i in range(len(key), 0, -1) if key[i:i + 1] in "-_."]  # dog_0 is of dog
-            of = next((shortened[key] for key in keys if key in shortened), set())
-            if len(of) > 1 or re.search("(?:^|/)masks?/", path, re.I):  # (which may be a class, too)
-                of = {stem for stem in of if stem in keys or {*PICTURE_FOLDERS} & {*stem.lower().split("/")}}
+        if path in in_folders:
+            of = pictures_of_mask(stem_of(path), by_path)
         if len(of) == 1:
             found.add(path)
-            if "SegmentationObject/" not in path and "_parts_" not in path:  # these cut up another mask
+            if "SegmentationObject/" not in path and "_parts_" not in path:  # parts of another mask
                 masks[of.pop()].append(path)
-    folders = {os.path.dirname(path) for path in found & among_masks}
-    return masks, found | {path for path in among_masks if os.path.dirname(path) in folders
+    folders = {os.path.dirname(path) for path in found & in_folders}
+    return masks, found | {path for path in in_folders if os.path.dirname(path) in folders
                            or re.search(f"(?:^|/)(?:{ONLY_MASKS})/", path, re.I)}
+
+
+def pictures_of_mask(stem, by_path):
+    """masks/dog_0 -> the stems of pictures whose path is otherwise dog_0, or else dog"""
+    *folders, name = stem.split("/")
+    names = [name] + [name[:i] for i in range(len(name) - 1, 0, -1) if name[i] in "-_."]
+    folders = [folder for folder in folders if not MASK_FOLDER.fullmatch(folder)]
+    of = next(filter(None, (by_path.get("/".join((*folders, name))) for name in names)), set())
+    if len(of) == 1 and not re.search("(?:^|/)masks?/", stem, re.I):  # (masks/ may be a class)
+        return of
+    return {found for found in of if found.split("/")[:-1] == folders
+            or PICTURE_FOLDERS & {*found.lower().split("/")}}
 
 
 def metadata_records(root, path, masks, notes):
@@ -167,25 +172,29 @@ def metadata_records(root, path, masks, notes):
             separator = max(",\t;", key=file.readline().count)
             rows = csv.DictReader(io.StringIO(file.getvalue()), delimiter=separator, strict=True)
             lines = ((rows.line_num, row) for row in rows)
+        elif path.lower().endswith(".jsonl"):
+            lines = enumerate(file, 1)
         else:
-            lines = enumerate(json.load(file) if path.lower().endswith(".json") else file, 1)
+            lines = enumerate(array, 1) if isinstance(array := json.load(file), list) else [(1, array)]
         for number, line in lines:
             if isinstance(line, str) and not line.strip():
                 continue
             row = json.loads(line) if isinstance(line, str) else line
-            if not isinstance(row, dict) or None in row:
-                raise ValueError("not a value for each key (put quotes around a text with separators)")
+            if not isinstance(row, dict):
+                raise ValueError(f"no record with keys, but {str(row)[:40]}")
+            if None in row:
+                raise ValueError("more values than columns: put quotes around a text with separators")
             row = {key: value for key, value in row.items() if value not in (None, "")}
-            record = {name: row[key] for name, keys in KEYS.items() for key in reversed(keys) if key in row}
+            record = {name: row[key] for name, keys in KEYS.items() for key in keys[::-1] if key in row}
             notes["not read"].update(f"values of {key!r}" for key in row if key not in sum(KEYS.values(), ()))
+            for key, value in row.items():
+                if isinstance(value, (bool, list, dict)) and key in sum(KEYS.values(), ()):
+                    raise ValueError(f'"{key}" is {value!r}: write a text or a number')
             if not isinstance(record.get("file_name"), str):
-                raise ValueError(f"no name of a file; the keys found are {', '.join(row)}")
-            for name, value in record.items():
-                if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-                    raise ValueError(f'"{name}" is {value!r}: write a text or a number')
+                raise ValueError(f"no file name; the keys found are {', '.join(row)}")
             if "split" in record and not split_of(str(record["split"])):
                 raise ValueError(f'"split" is {record["split"]!r}: write train or test, or leave it out')
-            if not str(record.get("mask_value", 0)).isdecimal():
+            if str(record.get("mask_value", 0)).removesuffix(".0") not in map(str, range(256)):
                 raise ValueError(f'"mask_value" is {record["mask_value"]!r}: write a level from 0 to 255')
             for name in {"file_name", "mask"} & set(record):
                 record[name] = os.path.relpath(root / os.path.dirname(path) / str(record[name]), root)
@@ -198,12 +207,13 @@ def metadata_records(root, path, masks, notes):
     except (ValueError, TypeError, RecursionError, OSError, csv.Error) as error:
         reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
         wanted = ", ".join(" or ".join(keys) for keys in KEYS.values())
-        raise BadInput(f"{root / path}, line {number}: {reason} (the keys wanted are {wanted})") from error
+        where = f"{root / path}, {'record' if path.lower().endswith('.json') else 'line'} {number}"
+        raise BadInput(f"{where}: {reason} (the keys wanted are {wanted})") from error
 
 
-def coco_records(root, path, used, notes):
-    """COCO instances -> a record for each thing that has an outline. Adds all photographs to `used`; they are
-    beside the file or its folder, in images/ or data/ there, or in one of the subset. Raises BadInput."""
+def coco_records(root, path, taken, notes):
+    """COCO instances -> a record for each thing that has an outline. Adds all photographs to `taken`; that of
+    instances_train.json may be train/1.jpg, ../1.jpg, images/train/1.jpg and so on. Raises BadInput."""
     subset, number = stem_of(path).rpartition("_")[2], 0
     places = [root / os.path.dirname(path) / up / images / part for up in ("", "..")
               for images in ("images", "data", "") for part in (subset, "")]
@@ -215,49 +225,53 @@ def coco_records(root, path, used, notes):
             found = (os.path.relpath(place / image["file_name"], root) for place in places)
             found = next((file for file in found if os.path.isfile(root / file)), None)
             photographs[image["id"]] = found, (int(image["height"]), int(image["width"]))
-            used.add(found)
+            taken.add(found)
         for number, thing in enumerate(coco["annotations"], 1):
             (photograph, size), outline = photographs[thing["image_id"]], thing.get("segmentation") or []
             if isinstance(outline, list):
                 polygons = [polygon for polygon in outline if len(polygon) > 5]
                 outline = polygons and {"size": size, "polygons": polygons}
             if photograph and outline:
-                notes["marked"]["iscrowd"] += bool(thing.get("iscrowd"))
+                notes["used although marked"]["iscrowd"] += bool(thing.get("iscrowd"))
                 yield {"file_name": photograph, "label": labels[thing["category_id"]],
                        "outline": json.dumps(outline), "subject_id": f"{path} {number}", "split": subset}
             else:
                 notes["not read"][f"things without {'an outline' if photograph else 'a photograph'}"] += 1
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        raise BadInput(f"{root / path}: not COCO's instances (annotation {number}, {type(error).__name__}: "
-                       f"{error})") from error
+        reason = f"annotation {number}, {type(error).__name__}: {error}"
+        raise BadInput(f"{root / path}: cannot be read as COCO instances ({reason})") from error
 
 
 def folder_records(root, files, notes):
     """The records of a folder with these files. Raises BadInput if a file of metadata cannot be used."""
     pictures = [path for path in files if os.path.splitext(path)[1].lower() in IMAGE_ENDINGS]
-    masks, used = find_masks(pictures)
-    notes["not read"]["masks that no picture needs"] += len(used) - sum(map(len, masks.values()))
-    described = ()  # folders in which only the pictures that metadata names are used
+    masks, are_masks = find_masks(pictures)
+    notes["not read"]["masks that no picture needs"] += len(are_masks) - sum(map(len, masks.values()))
+    taken, seen, described = set(), set(), ()  # files; things; folders whose pictures metadata has to name
     for path in sorted(files, key=lambda path: -path.count("/")):  # the nearest to a picture describes it
-        found = {path}
-        content = (root / path).read_bytes() if path.endswith(".json") and (root / path).is_file() else b""
+        is_json = path.lower().endswith(".json") and (root / path).is_file()
+        content = (root / path).read_bytes() if is_json else b""
         if b'"annotations"' in content and b'"categories"' in content:
-            records = coco_records(root, path, found, notes)
+            records = coco_records(root, path, taken, notes)
         elif os.path.basename(path).lower() in ("metadata.jsonl", "metadata.json", "metadata.csv"):
             records = metadata_records(root, path, masks, notes)
-            described += (os.path.join(os.path.dirname(path), ""),)
+            described += (os.path.join(os.path.dirname(path), ""),)  # "" at the top
         else:
             continue
+        taken.add(path)
+        here = set()
         for record in records:
-            notes["not read"]["records that a nearer file overrides"] += record["file_name"] in used
-            if record["file_name"] not in used:
-                found.update((record["file_name"], *record.get("mask", ())))
+            thing = record["file_name"], record.get("outline")
+            notes["not read"]["records of what another file describes"] += thing in seen
+            if thing not in seen:
+                here.add(thing)
+                taken.update((record["file_name"], *record.get("mask", ())))
                 yield record
-        used |= found
+        seen |= here
     pictured = {*pictures, *map(stem_of, pictures)}
     for path in files:
         file, ending = os.path.basename(path), os.path.splitext(path)[1].lower()
-        if path in used or ending in TEXT_ENDINGS and stem_of(path) in pictured:
+        if path in taken or path in are_masks or ending in TEXT_ENDINGS and stem_of(path) in pictured:
             continue
         if ending not in IMAGE_ENDINGS:
             notes["not read"][file if file.startswith("metadata") else ending or file] += 1
@@ -265,21 +279,6 @@ def folder_records(root, files, notes):
             notes["not read"]["pictures that the metadata does not name"] += 1
         else:
             yield {"file_name": path, "mask": masks.get(stem_of(path), [])}
-
-
-is_emoji_set = functools.cache(lambda folder: any(folder.glob("*1f[3-9a][0-9a-f][0-9a-f].*")))
-
-
-def code_point_label(path):
-    """The label of a file of an emoji set, 1f436.png, emoji_u1f436.png or 2600-fe0f.png; of others "".
-    Raises ValueError if it is not a single thing."""
-    match = re.fullmatch("(?:(?:emoji_)?u)?([0-9a-f]{2,5})((?:[-_][0-9a-f]{2,5})*)", path.stem.lower())
-    if not match or not is_emoji_set(path.parent):
-        return ""
-    number = int(match[1], 16)
-    if number in EMOJI and match[2][1:] in ("", "fe0f") and (label := emoji_label(chr(number))):
-        return label
-    raise ValueError("an emoji of several characters, or not a thing")
 
 
 def split_of(folder):
@@ -299,8 +298,8 @@ def words_for(root, path, record, sidecar):
     yield code_point_label(root / path), "code points"
     folders = [name for name in os.path.dirname(path).split("/")
                if name.lower() not in PICTURE_FOLDERS and not split_of(name)]
-    yield CLASS_PREFIX.sub("", folders[-1]) if folders else "", "folders"
-    yield Path(path).stem, "file names"
+    yield CLASS_PREFIX.sub("", folders[-1]).replace("_", " ") if folders else "", "folders"
+    yield Path(path).stem.replace("_", " "), "file names"
 
 
 def file_subject(root, record, texts):
@@ -317,8 +316,8 @@ def file_subject(root, record, texts):
     label = clean_label(str(record.get("label", text)))[0] or clean_label(text)[0]
     name = f"subject_id {record['subject_id']}" if "subject_id" in record else original
     splits = filter(None, map(split_of, (str(record.get("split", "")), *path.split("/")[:-1])))
-    mask = "".join(str(root / mask) for mask in masks)
-    if mask or outline:  # is it one, and of this picture?
+    mask = str(root / masks[0]) if masks else ""
+    if mask or outline:  # what is wrong with it is said now, not when it is drawn from
         open_mask(root / path, mask, record.get("mask_value"), outline, 512)
     has_cutout = bool(mask or outline) or is_cutout(root / path)
     if not has_cutout and is_black_and_white(root / path):
@@ -341,11 +340,12 @@ def folder_subjects(folder, notes):
         own = [root / file for file in (record["file_name"], *record.get("mask", ()))]
         try:
             if not all(os.path.realpath(path).startswith(inside) for path in own):
-                raise ValueError("leads out of the folder")
+                raise ValueError("a link that leads out of the folder (copy the file)")
             subject, origin = file_subject(root, record, texts)
         except Exception as error:  # a damaged file can fail anywhere inside pillow
             reason = str(error).replace(f"{own[0]}: ", "").replace(f"{own[-1]}: ", "its mask: ")
-            notes["skipped"][first.setdefault(reason, f"{reason}, first {record['file_name']}")] += 1
+            kind = re.sub(r"\S*/\S*|[0-9]+", "", reason)  # without paths and numbers
+            notes["skipped"][first.setdefault(kind, f"{reason}, first {record['file_name']}")] += 1
             continue
         notes["labels from"][origin] += 1
         yield subject

@@ -186,14 +186,14 @@ class Tokenizer(nn.Module):
             dist.broadcast(self.codebooks.data, 0)
 
 
-# ---- From files to pictures -------------------------------------------------------------------------------
+# ---- Files: pictures and texts ----------------------------------------------------------------------------
 
 FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "TGA", "PPM", "PCX",
            "ICO", "PSD", "QOI", "SGI")  # not all of pillow's: it hands PostScript to another program
 IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items()
-                 if kind in (*FORMATS, "MPO")}  # (a JPEG with more pictures behind the first)
+                 if kind in (*FORMATS, "MPO")}  # an MPO is a JPEG with further pictures behind it
 BLACK, WHITE = (0, 0, 0, 255), (255, 255, 255, 255)
-MOST_PIXELS = 89_000_000  # that are decoded
+MOST_PIXELS = 89_000_000  # to decode
 Image.MAX_IMAGE_PIXELS = 250_000_000  # of a JPEG, as phones take: it can be decoded at an eighth of its size
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
@@ -227,7 +227,7 @@ def read_image(path, least=None):
         return image if not has_alpha or has_free_border(image.getchannel("A")) else over(image, WHITE)
 
 
-read_once = functools.lru_cache(maxsize=4)(read_image)  # a photograph of several things
+read_once = functools.lru_cache(maxsize=4)(read_image)  # several things may share a photograph
 
 
 def to_8_bits(image):
@@ -261,8 +261,8 @@ def is_black_and_white(path):
     with opened(path) as image:
         if image.mode not in ("1", "L", "P") or image.has_transparency_data:
             return False
-        colours = image.convert("RGB").getcolors(2) or [(0, (0, 0, 1))]
-        return all(red == green == blue for _, (red, green, blue) in colours)
+        colours = image.convert("RGB").getcolors(2)  # None if there are more
+        return colours is not None and all(red == green == blue for _, (red, green, blue) in colours)
 
 
 def over(image, colour):
@@ -300,6 +300,18 @@ def open_square(path, size, rng=None):
 def widened(picture, margin):
     """uint8 (H, W, 3) -> an image with `margin` pixels more on each side, which repeat its edges"""
     return Image.fromarray(np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge"))
+
+
+def read_text(path):
+    """A text file in UTF-8, with or without a byte-order mark, or else in cp1252. Raises BadInput."""
+    with open(path, "rb") as file:
+        content = file.read()
+    if b"\0" in content:
+        raise BadInput(f"{path}: has zero bytes: save it as UTF-8 text")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace")
 
 
 def reference_copies(config, copies, picture):
@@ -359,6 +371,21 @@ def emoji_label(char):
     if len(words_of(name)) > 5:
         name = " ".join(re.sub(r"-| with\b| and\b", " ", name).split()[:5])
     return name
+
+
+is_emoji_set = functools.cache(lambda folder: any(folder.glob("*1f[3-9a][0-9a-f][0-9a-f].*")))
+
+
+def code_point_label(path):
+    """The label of a file of an emoji set, 1f436.png, emoji_u1f436.png or 2600-fe0f.png; of others "".
+    Raises ValueError if it is not a single thing."""
+    match = re.fullmatch("(?:(?:emoji_)?u)?([0-9a-f]{2,5})((?:[-_][0-9a-f]{2,5})*)", path.stem.lower())
+    if not match or not is_emoji_set(path.parent):
+        return ""
+    number = int(match[1], 16)
+    if number in EMOJI and match[2][1:] in ("", "fe0f") and (label := emoji_label(chr(number))):
+        return label
+    raise ValueError("an emoji of several characters, or not a thing")
 
 
 # Points around the middle; how far out every second one is.
@@ -455,7 +482,7 @@ def read_mask(path, value=None):
         several = np.ptp(np.asarray(colours), 2).max() > 32 and len(colours.getcolors(2) or "abc") > 2
     found, inside = np.unique(levels), levels > levels.max() / 2  # never at > 0: no halo of the background
     if value is not None:
-        inside = levels == int(value)
+        inside = levels == int(float(value))
     elif of_palette:
         inside = (levels > 0) & (levels < 255)
     elif several or found[-1] < 200 and (len(found) > 2 or found[0] > 0) or (
@@ -467,10 +494,10 @@ def read_mask(path, value=None):
 
 
 def turn_of_mask(size, path, name):
-    """How a mask of this size has to be turned to fit the picture at `path`, as a number of EXIF (1: not at
-    all). Raises BadInput if its shape is another's, or if that cannot be told."""
+    """How to turn a mask of this size so that it fits the picture at `path`: EXIF's number, 1 for not at all.
+    Raises BadInput if their shapes differ, or if the turn cannot be told."""
     def is_stored(size):
-        return abs(size[0] * stored[1] - size[1] * stored[0]) <= max(*size, *stored)  # but for rounding
+        return abs(size[0] * stored[1] - size[1] * stored[0]) <= max(*size, *stored)  # allowing for rounding
 
     with opened(path) as picture:
         stored, turn = picture.size, picture.getexif().get(0x112, 1)
@@ -479,17 +506,17 @@ def turn_of_mask(size, path, name):
         return 1
     if turn in range(5, 9) and fits != fits_turned:
         return turn if fits else 1
-    what = "EXIF turns the picture, but perhaps not the mask: save it turned" if fits else "not of one shape"
+    what = "EXIF turns the picture, and perhaps the mask: save it turned" if fits else "their shapes differ"
     raise BadInput(f"{path} ({stored[0]} x {stored[1]}) and {name} ({size[0]} x {size[1]}): {what}")
 
 
 def open_mask(path, mask, value=None, outline="", most=4096):
     """The mask of the picture at `path`, turned as the picture is -> L image, 0 or 255. outline: instead of a
-    mask file, what draw_outline takes, as JSON. Raises BadInput if it is none of this picture."""
+    mask file, what draw_outline takes, as JSON. Raises BadInput if it does not fit, or cannot be read."""
     try:
         image = draw_outline(json.loads(outline), most) if outline else read_mask(mask, value)
         if not has_free_border(image):
-            raise ValueError("it covers three quarters of the border or more: is it inverted?")
+            raise ValueError("it leaves less than a quarter of the border free: is it inverted?")
     except (ValueError, TypeError, LookupError, OverflowError) as error:
         raise BadInput(f"{path}: its {'outline' if outline else 'mask'} cannot be used: {error}") from error
     image.getexif()[0x112] = turn_of_mask(image.size, path, mask or "its outlines")
@@ -499,7 +526,7 @@ def open_mask(path, mask, value=None, outline="", most=4096):
 def draw_outline(outline, most=4096):
     """An outline of COCO -> L image, 255 inside, as pycocotools 2.0.11 draws it. It has "size" (height,
     width) and "counts" (run lengths, columns first) or "polygons" (lists of x, y, x, y, ...). These are drawn
-    up to 8 times as large, at `most` so many pixels, since Pillow draws the rim, too. Raises ValueError."""
+    up to 8 times as large, `most` pixels a side at most: Pillow draws the rim, too. Raises ValueError."""
     height, width = outline["size"]
     if height * width > MOST_PIXELS:
         raise ValueError(f"it is of {width} x {height} pixels: the limit is 89 million")

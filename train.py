@@ -415,10 +415,10 @@ def checksum_held_out(subjects):
 
 
 def compare_held_out(plan, settings, path):
-    """Says if a checkpoint was trained while other subjects were held out."""
+    """Says if a checkpoint was trained while another set of subjects was held out."""
     if settings.get("held_out", plan.settings["held_out"]) != plan.settings["held_out"]:
-        say(f"{path} was trained while other subjects were held out (has --data changed?): figures may be of "
-            "subjects that it was trained on")
+        say(f"{path} was trained while another set of subjects was held out (has --data changed?): figures "
+            "may be of subjects that it was trained on")
 
 
 def check_settings(plan, settings):
@@ -592,7 +592,7 @@ def show(stage, args, device):
             cells.append((subject.label, [np.asarray(scene)]))
         except BadInput as error:
             say(f"skipped: {error}")
-    rows = [("cut-outs" * (i == 0), cells[i:i + 6]) for i in range(0, len(cells), 6)]
+    rows = [("" if i else "cut-outs", cells[i:i + 6]) for i in range(0, len(cells), 6)]
     samples = [dataset[i] for i in range(500)]
     by_task = {task: [sample for sample in samples if sample.task == task][:6] for task in dataset.mix}
     path = os.path.join(args.out, f"stage{stage}-samples.png")

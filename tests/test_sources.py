@@ -171,7 +171,7 @@ def test_bad_lines_of_metadata_are_passed_over(tmp_path):
     subjects = load_subjects(str(folder))
     assert [s.label for s in subjects] == ["good one"]
     assert "skipped 7 files" in subjects.report
-    assert "3 leads out of the folder, first small.jpg" in subjects.report
+    assert "3 a link that leads out of the folder (copy the file), first small.jpg" in subjects.report
     assert "its mask cannot be used: nothing in it is opaque, first dark.jpg" in subjects.report
     assert open_cutout(subjects[0]).size == (20, 20)
     dataset = TaskDataset(subjects, {"subject-driven": 1.0}, 32, (0,))

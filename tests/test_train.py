@@ -377,7 +377,7 @@ def test_what_was_held_out_is_compared_with_the_stage_before_and_on_resuming(tmp
     def warned(stage, steps):
         train.load_sources.cache_clear()  # each is a command of its own
         run_stage(stage, tmp_path / "out", steps=steps, data=str(tmp_path / "mine"), mix={"recovery": 1.0})
-        return "was trained while other subjects were held out" in capsys.readouterr().err
+        return "was trained while another set of subjects was held out" in capsys.readouterr().err
 
     (tmp_path / "out").mkdir()
     with contextlib.suppress(FileNotFoundError):  # (run_stage looks for a stage0.pt)
