@@ -42,9 +42,9 @@ MAX_LABEL, MAX_BACKGROUND, MAX_CAPTION = 5, 8, 20  # words
 
 def clean_text(text, limit=None):
     """A text as the model knows it, in training and in sample.py alike: its first line in lowercase, without
-    full stop or <image>, at most `limit` words, its accents composed (NFC)."""
+    full stop, <image> or _, at most `limit` words, its accents composed (NFC)."""
     line = unicodedata.normalize("NFC", text.strip().split("\n")[0].lower())
-    text = " ".join(line.replace("<image>", " ").split())
+    text = " ".join(line.replace("<image>", " ").replace("_", " ").split())
     starts = [word.start() for word in WORD.finditer(text)] + [None]
     return text[:starts[limit] if limit and limit < len(starts) else None].rstrip("., ")
 
@@ -101,9 +101,9 @@ def shape_subjects():
 #     train/, test/, val2017/: splits                                                 split_of
 #     dog_mirror.png: another view of dog.png                                         file_subject
 
-KEYS = {"file_name": ("file_name", "image", "file"), "text": ("text", "caption"),  # as metadata calls them
+KEYS = {"file_name": ("file_name", "filename", "image", "file"), "text": ("text", "caption"),
         "mask": ("mask", "mask_file_name"), "mask_value": ("mask_value",), "label": ("label",),
-        "subject_id": ("subject_id",), "split": ("split",)}
+        "subject_id": ("subject_id",), "split": ("split",)}  # of a record: as metadata calls them
 SPLIT = re.compile("(train|test|eval|val|dev|holdout)(?:ing|uation|val|id|idation)?(?:[-_]?set)?[0-9]*", re.I)
 PICTURE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages", "data", ""}  # these are no labels
 ONLY_MASKS = "annotations?|trimaps?|segmentation(?:s|class|object)?|gt(?:fine|coarse)|ground[-_]?truth"
@@ -180,10 +180,9 @@ def metadata_records(root, path, masks, notes):
             if isinstance(line, str) and not line.strip():
                 continue
             row = json.loads(line) if isinstance(line, str) else line
-            if not isinstance(row, dict):
-                raise ValueError(f"no record with keys, but {str(row)[:40]}")
-            if None in row:
-                raise ValueError("more values than columns: put quotes around a text with separators")
+            if not isinstance(row, dict) or None in row:
+                what = "more values than columns: put quotes around a text with separators"
+                raise ValueError(what if isinstance(row, dict) else f"no record with keys: {str(row)[:40]}")
             row = {key: value for key, value in row.items() if value not in (None, "")}
             record = {name: row[key] for name, keys in KEYS.items() for key in keys[::-1] if key in row}
             notes["not read"].update(f"values of {key!r}" for key in row if key not in sum(KEYS.values(), ()))
@@ -233,8 +232,8 @@ def coco_records(root, path, taken, notes):
                 outline = polygons and {"size": size, "polygons": polygons}
             if photograph and outline:
                 notes["used although marked"]["iscrowd"] += bool(thing.get("iscrowd"))
-                yield {"file_name": photograph, "label": labels[thing["category_id"]],
-                       "outline": json.dumps(outline), "subject_id": f"{path} {number}", "split": subset}
+                yield {"file_name": photograph, "label": labels[thing["category_id"]], "split": subset,
+                       "subject_id": f"{photograph}#{path} {number}", "outline": json.dumps(outline)}
             else:
                 notes["not read"][f"things without {'an outline' if photograph else 'a photograph'}"] += 1
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
@@ -298,8 +297,8 @@ def words_for(root, path, record, sidecar):
     yield code_point_label(root / path), "code points"
     folders = [name for name in os.path.dirname(path).split("/")
                if name.lower() not in PICTURE_FOLDERS and not split_of(name)]
-    yield CLASS_PREFIX.sub("", folders[-1]).replace("_", " ") if folders else "", "folders"
-    yield Path(path).stem.replace("_", " "), "file names"
+    yield CLASS_PREFIX.sub("", folders[-1]) if folders else "", "folders"
+    yield Path(path).stem, "file names"
 
 
 def file_subject(root, record, texts):
@@ -343,8 +342,8 @@ def folder_subjects(folder, notes):
                 raise ValueError("a link that leads out of the folder (copy the file)")
             subject, origin = file_subject(root, record, texts)
         except Exception as error:  # a damaged file can fail anywhere inside pillow
-            reason = str(error).replace(f"{own[0]}: ", "").replace(f"{own[-1]}: ", "its mask: ")
-            kind = re.sub(r"\S*/\S*|[0-9]+", "", reason)  # without paths and numbers
+            reason = str(error).replace(f"{own[0]}: ", "").replace(f"{own[-1]}", f"mask {own[-1].name}")
+            kind = re.sub(r"mask .*?: |\S*/\S*|[0-9]+", "", reason)  # without names and numbers
             notes["skipped"][first.setdefault(kind, f"{reason}, first {record['file_name']}")] += 1
             continue
         notes["labels from"][origin] += 1
@@ -376,7 +375,8 @@ def open_cutout(subject, size=256):
 
 def is_held_out(subject, by_label=True):
     """One in ten is. If no split decides, a hash of the label does, alike in all sources; or of the name."""
-    one_in_ten = zlib.crc32((subject.label if by_label else subject.name).encode()) % 10 == 0
+    hashed = subject.label if by_label else subject.name.partition("#")[0]  # things of one photograph alike
+    one_in_ten = zlib.crc32(hashed.encode()) % 10 == 0
     return subject.split == "test" if subject.split else one_in_ten
 
 
@@ -685,7 +685,7 @@ class TaskDataset:
         self.backgrounds = backgrounds
         has_cutout, wanted = subjects.table["has_cutout"], subjects.table["held_out"] != train
         if not (wanted & (has_cutout | ~has_cutout.any())).any():
-            say_once("too few subjects to hold one in ten out: held-out figures are of training subjects")
+            say_once("none of so few subjects is held out: held-out figures are of training subjects")
             wanted = wanted | True
         self.all, self.cutouts = np.flatnonzero(wanted), np.flatnonzero(wanted & has_cutout)  # indices
         self.plain = np.flatnonzero(wanted & ~has_cutout)

@@ -42,6 +42,8 @@ def load_checkpoint(path):
         checkpoint["config"], checkpoint["model"], checkpoint["tokenizer"], checkpoint["stage"]
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path}: a folder: name a file in it") from None
     except Exception as error:  # a damaged file can fail anywhere inside torch.load
         what = f"not a checkpoint of this program, or damaged ({type(error).__name__})"
         raise BadInput(f"{path}: {what}") from error

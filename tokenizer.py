@@ -488,8 +488,8 @@ def read_mask(path, value=None):
     elif several or found[-1] < 200 and (len(found) > 2 or found[0] > 0) or (
             2 < len(found) < 32 and (levels[~inside] > 0).sum() > inside.sum()):
         levels = ", ".join(map(str, found[:9])) + ", ..." * (len(found) > 9)
-        raise BadInput(f"{path}: its levels are {levels}, as if they were numbers of classes: say with "
-                       "mask_value, in metadata.jsonl, which of them is the subject")
+        raise BadInput(f"{path}: its levels {levels} look like numbers of classes: say which of them is the "
+                       "subject with \"mask_value\", beside \"file_name\" and \"mask\" in metadata.jsonl")
     return Image.fromarray((inside * 255).astype(np.uint8))
 
 
@@ -506,7 +506,7 @@ def turn_of_mask(size, path, name):
         return 1
     if turn in range(5, 9) and fits != fits_turned:
         return turn if fits else 1
-    what = "EXIF turns the picture, and perhaps the mask: save it turned" if fits else "their shapes differ"
+    what = "EXIF turns the picture, perhaps the mask: save it turned" if fits else "their proportions differ"
     raise BadInput(f"{path} ({stored[0]} x {stored[1]}) and {name} ({size[0]} x {size[1]}): {what}")
 
 

@@ -422,13 +422,16 @@ def compare_held_out(plan, settings, path):
 
 
 def check_settings(plan, settings):
-    """Raises BadInput if a run was begun with other settings. Only bf16, whose optimizers stay, and what is
-    held out may differ."""
-    compare_held_out(plan, settings, plan.path)
+    """Raises BadInput if a run was begun with other settings. What --data holds may have changed, and so may
+    bf16, whose optimizers stay."""
     for name, value in settings.items():
-        if plan.settings[name] != value and name not in ("bf16", "held_out"):
+        if plan.settings[name] != value and name not in ("bf16", "held_out", "n_images"):
             raise BadInput(f"{plan.path} was trained with {name} {value}, not {plan.settings[name]}: "
                            "give the same, or another --out")
+    compare_held_out(plan, settings, plan.path)
+    if settings.get("n_images", plan.settings["n_images"]) != plan.settings["n_images"]:
+        say(f"{plan.path} was begun with {settings['n_images']} images; now there are "
+            f"{plan.settings['n_images']} (to begin anew, delete it)")
     if settings["bf16"] != plan.settings["bf16"]:
         plan.settings["bf16"] = settings["bf16"]
         say(f"{plan.path} was begun on another kind of machine (bf16): its last bits will differ")
@@ -534,7 +537,7 @@ def train(stage, args, device):
     """Trains one stage to its end, or resumes it; returns at once if it is finished."""
     plan = make_plan(stage, args, device)
     dataset, held_out = make_datasets(plan, args)
-    plan.settings["held_out"] = checksum_held_out(dataset.subjects)
+    plan.settings.update(held_out=checksum_held_out(dataset.subjects), n_images=len(dataset.subjects))
     run = start_run(plan, known_text(dataset.subjects, dataset.backgrounds))
     net = parallel(run.model, device, args.compile and stage > 0)
     loader = make_loader(plan, dataset, run.step, args.workers)
@@ -543,7 +546,9 @@ def train(stage, args, device):
     def due(every):
         return run.step % max(1, every) == 0 or run.step == plan.steps
 
-    if 0 < run.step < plan.steps:
+    if run.step == plan.steps:
+        return say(f"{plan.path} is finished already: to train it anew, delete it or give another --out")
+    if run.step > 0:
         say(f"stage {stage}: resuming at step {run.step} of {plan.steps}")
     saved, started = run.step, time.time() - run.seconds
     timed, timed_step = time.time(), run.step  # where the rate of the next log line is counted from

@@ -298,6 +298,7 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         (("--prompt", "x " * 500), "words of text, and"),
         ((*good, "--ckpt", broken), "broken.pt: not a checkpoint"),
         ((*good, "--ckpt", tmp_path / "none.pt"), "none.pt: no such file"),
+        ((*good, "--ckpt", trained), "a folder: name a file in it"),
         ((*good, "--ckpt", tmp_path / "unknown.pt"), "unknown.pt: not a checkpoint"),
         ((*good, "--ckpt", trained / "tokenizer.pt"), "the tokenizer alone"),
         ((*good, "-n", "0"), "not a whole number from 1 up"),
@@ -440,6 +441,7 @@ def test_readme_commands_run_as_written(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_folder").mkdir()
     for i in range(12):
         paint_shape("star red blue").save(tmp_path / "my_folder" / f"{i}.png")
+    paint_shape("sun red blue").save(tmp_path / "my_folder" / "owl.png")
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     for folder in ("out", "own"):  # the tokenizer is there already
         (tmp_path / folder).mkdir()

@@ -164,7 +164,7 @@ def test_masks_by_what_they_hold(tmp_path, how, value, wanted):
     lines(tmp_path / "metadata.jsonl", first, {"file_name": "2.png", "label": "other"})
     found, report = read(tmp_path)
     if isinstance(wanted, str):
-        wanted = f"its levels are {wanted}, as if they were numbers of classes" if "," in wanted else wanted
+        wanted = f"its levels {wanted} look like numbers of classes" if "," in wanted else wanted
         assert "dog" not in found and wanted in report
     else:
         assert found["dog"][0] == wanted
@@ -181,7 +181,8 @@ def test_a_mask_of_another_shape_is_refused_and_one_of_another_size_scaled(tmp_p
     )
     found, report = read(tmp_path)
     assert found.keys() == {"cat", "x"} and abs(found["cat"][0] - AREA) < 100
-    assert "dog.jpg (400 x 300) and" in report and "dog_mask.png (300 x 400): their shapes differ" in report
+    assert "dog.jpg (400 x 300) and" in report
+    assert "dog_mask.png (300 x 400): their proportions differ" in report
     assert "skipped: 2 " in report and "pig" not in found
 
 
@@ -193,7 +194,7 @@ def test_a_picture_that_exif_turns_turns_its_mask(tmp_path, turn):
     photo(tmp_path / "dog.jpg", exif=exif, quality=95)
     mask(tmp_path / "dog_mask.png")
     if turn in (2, 3, 4):
-        with pytest.raises(BadInput, match="EXIF turns the picture, and perhaps the mask"):
+        with pytest.raises(BadInput, match="EXIF turns the picture, perhaps the mask"):
             load_subjects(str(tmp_path))
         return
     (subject,) = load_subjects(str(tmp_path))
@@ -258,13 +259,13 @@ def test_the_nearest_metadata_describes_a_picture_and_folders_are_splits(tmp_pat
     "name, content, error",
     [
         ("metadata.jsonl", '{"file_name": "1.png"}\n{"path": "1.png", "x": 2}', "line 2: .*found are path, x "
-         ".*wanted are file_name or image or file, text or caption, mask or"),
+         ".*wanted are file_name or filename or image or file, text or"),
         ("metadata.jsonl", '{"file_name": "1.png"}\n\n{"file', "line 3: not JSON"),
-        ("metadata.jsonl", '["1.png"]', "line 1: no record with keys, but "),
+        ("metadata.jsonl", '["1.png"]', "line 1: no record with keys: "),
         ("metadata.jsonl", '{"file_name": "1.png", "mask_value": "dog"}', "line 1: \"mask_value\" is 'dog'"),
         ("metadata.jsonl", '{"file_name": {"path": "1.png"}}', "line 1: \"file_name\" is {"),
         ("metadata.json", '{"1.png": "dog"}', "record 1: .*keys found are 1.png"),
-        ("metadata.json", "5", "record 1: no record with keys, but 5"),
+        ("metadata.json", "5", "record 1: no record with keys: 5"),
         ("metadata.jsonl", "[" * 100_000, "line 1: maximum recursion"),
         ("metadata.jsonl", "\n\n", "no record in it"),
         ("metadata.jsonl", '{"file_name": "1.png", "label": ["a"]}', "line 1: \"label\" is \\['a'\\]: write"),
@@ -337,6 +338,9 @@ def test_coco_instances_of_polygons_and_run_lengths(tmp_path):
     cat = {"size": [80, 96], "counts": run_lengths(RECTANGLE)}
     things = [("dog", two, {}), ("cat", cat, {"iscrowd": 1}), ("cat", [], {}), ("dog", [[1, 2, 3, 4]], {})]
     coco(tmp_path / "annotations" / "instances_default.json", ["1.jpg"], things)
+    coco(tmp_path / "annotations" / "owls.json", ["1.jpg"], [("dog", [SQUARE], {})])  # a file for each class
+    assert "3 subjects" in load_subjects(str(tmp_path)).report
+    (tmp_path / "annotations" / "owls.json").unlink()
     found, report = read(tmp_path)
     assert {label: cut for label, (cut, _, _) in found.items()} == {"dog": 1664, "cat": 200}
     assert "2 things without an outline" in report and "used although marked: 1 iscrowd" in report
@@ -395,6 +399,15 @@ def test_a_subset_of_coco_is_a_split_and_things_of_one_id_are_several(tmp_path):
     coco(tmp_path / "annotations" / "instances_val.json", ["1.jpg"], things)
     subjects = load_subjects(str(tmp_path))
     assert [s.split for s in subjects] == ["test"] * 2 and "2 subjects" in subjects.report
+
+
+def test_things_of_one_photograph_are_held_out_together(tmp_path):
+    for i in range(60):
+        photo(tmp_path / f"{i}.jpg")
+        coco(tmp_path / f"{i}.json", [f"{i}.jpg"], [("dog", [SQUARE], {}), ("cat", [SQUARE], {})])
+    subjects = load_subjects(str(tmp_path))
+    held_out = {(s.path, bool(out)) for s, out in zip(subjects, subjects.table["held_out"])}
+    assert len(subjects) == 120 and len(held_out) == 60 and 1 < sum(out for _, out in held_out) < 15
 
 
 def test_photographs_of_coco_are_no_pictures_of_their_own(tmp_path):

@@ -386,6 +386,11 @@ def test_what_was_held_out_is_compared_with_the_stage_before_and_on_resuming(tmp
     for i in range(30, 60):
         sprite(tmp_path / "mine" / f"{i}.png")
     assert warned(2, 1)  # on resuming
+    with contextlib.suppress(SystemExit):
+        run_stage(2, tmp_path / "out", steps=1, data=str(tmp_path / "mine"), mix={"recovery": 1.0})
+    said = capsys.readouterr().err
+    assert "was begun with 30 images; now there are 60" in said
+    assert "is finished already: to train it anew" in said
     (tmp_path / "out" / "stage2.pt").unlink()
     assert warned(2, 1)  # by the stage before
 
