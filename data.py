@@ -171,6 +171,8 @@ def metadata_records(root, path, masks, notes):
         if path.lower().endswith(".csv"):
             separator = max(",\t;", key=file.readline().count)
             rows = csv.DictReader(io.StringIO(file.getvalue()), delimiter=separator, strict=True)
+            if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
+                raise ValueError("two columns of one name")
             lines = ((rows.line_num, row) for row in rows)
         elif path.lower().endswith(".jsonl"):
             lines = enumerate(file, 1)
@@ -206,8 +208,8 @@ def metadata_records(root, path, masks, notes):
     except (ValueError, TypeError, RecursionError, OSError, csv.Error) as error:
         reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
         wanted = ", ".join(" or ".join(keys) for keys in KEYS.values())
-        where = f"{root / path}, {'record' if path.lower().endswith('.json') else 'line'} {number}"
-        raise BadInput(f"{where}: {reason} (the keys wanted are {wanted})") from error
+        where = f"{'record' if path.endswith('.json') else 'line'} {number + isinstance(error, csv.Error)}"
+        raise BadInput(f"{root / path}, {where}: {reason} (the keys wanted are {wanted})") from error
 
 
 def coco_records(root, path, taken, notes):
@@ -237,8 +239,7 @@ def coco_records(root, path, taken, notes):
             else:
                 notes["not read"][f"things without {'an outline' if photograph else 'a photograph'}"] += 1
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        reason = f"annotation {number}, {type(error).__name__}: {error}"
-        raise BadInput(f"{root / path}: cannot be read as COCO instances ({reason})") from error
+        raise BadInput(f"{root / path}: no COCO instances (annotation {number}: {error!r})") from error
 
 
 def folder_records(root, files, notes):
@@ -374,9 +375,8 @@ def open_cutout(subject, size=256):
 
 
 def is_held_out(subject, by_label=True):
-    """One in ten is. If no split decides, a hash of the label does, alike in all sources; or of the name."""
-    hashed = subject.label if by_label else subject.name.partition("#")[0]  # things of one photograph alike
-    one_in_ten = zlib.crc32(hashed.encode()) % 10 == 0
+    """One in ten is: by its split, or a hash of its label, or of its name (of one photograph alike)."""
+    one_in_ten = zlib.crc32((subject.label if by_label else subject.name.split("#")[0]).encode()) % 10 == 0
     return subject.split == "test" if subject.split else one_in_ten
 
 

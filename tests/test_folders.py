@@ -270,12 +270,13 @@ def test_the_nearest_metadata_describes_a_picture_and_folders_are_splits(tmp_pat
         ("metadata.jsonl", "\n\n", "no record in it"),
         ("metadata.jsonl", '{"file_name": "1.png", "label": ["a"]}', "line 1: \"label\" is \\['a'\\]: write"),
         ("metadata.csv", "file_name,text\n", "no record in it"),
-        ("metadata.csv", 'file_name,text\n1.png,"a dog\n2.png,an owl\n', "unexpected end of data"),
-        ("c.json", '{"images": [], "categories": [], "annotations": [{"image_id": 9}]}', "annotation 1, "),
+        ("metadata.csv", 'file_name,text\n1.png,"a dog\n2.png,an owl\n', "line 1: unexpected end of data"),
+        ("metadata.csv", "file_name,text,text\n1.png,a dog,a cat", "two columns of one name"),
+        ("c.json", '{"images": [], "categories": [], "annotations": [{"image_id": 9}]}', "annotation 1: Key"),
         ("metadata.csv", "file_name,text\n1.png,a dog, behind", "line 2: more values than columns: put"),
         ("metadata.csv", "name,text\n1.png,dog", "line 2: .*found are name, text"),
         ("metadata.csv", "file_name,text\n1.png,\0dog", "metadata.csv: has zero bytes"),
-        ("x.json", '{"images": 1, "annotations": [], "categories": []}', "x.json: cannot be read as COCO"),
+        ("x.json", '{"images": 1, "annotations": [], "categories": []}', "x.json: no COCO instances"),
     ],
 )
 def test_metadata_that_cannot_be_used_is_an_error(tmp_path, name, content, error):
