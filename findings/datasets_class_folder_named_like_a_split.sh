@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# datasets 5.2.0 (with pillow 13.0.0): a class folder "test tube" makes a folder of three classes a data set of
-# one class, without labels. Seen on 2026-11-28, Python 3.11.
+# datasets 5.2.0 (with pillow 13.0.0): a class folder "test tube" makes a folder of three classes a data set
+# of one class, without labels. Seen on 2026-11-28, Python 3.11.
 #
 # Expected of load_dataset("imagefolder") on flask/, beaker/ and "test tube/", three pictures each: one split
 # "train" of nine pictures, with the column "label" of three classes.
-# Seen: one split "test" of the three test tubes, no column "label". Flask and beaker are gone, and nothing says
-# so. A folder's name is a split as soon as one of its words (between spaces, dots, - or _) is train, test, val,
-# dev, eval, ...; if any file lies in such a folder, files outside of them are no data. With the folder called
-# "tube" all is as expected.
+# Seen: one split "test" of the three test tubes, no column "label". Flask and beaker are gone, and nothing
+# says so. A folder's name is a split as soon as one of its words (between spaces, dots, - or _) is train,
+# test, val, dev, eval, ...; if any file lies in such a folder, files outside of them are no data. With the
+# folder called "tube" all is as expected.
 # Output: {'test': (3, ['image'])} {'train': (9, ['image', 'label'])}
 set -euo pipefail
 place=$(mktemp -d)

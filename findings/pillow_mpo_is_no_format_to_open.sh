@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# pillow 13.0.0: "MPO", which it says a phone's photograph is, cannot be named among the formats to open. Seen on
-# 2026-11-28, Python 3.11.
+# pillow 13.0.0: "MPO", which it says a phone's photograph is, cannot be named among the formats to open.
+# Seen on 2026-11-28, Python 3.11.
 #
-# A JPEG with a second picture behind the first (MPO, as phones and stereo cameras write it) has the format "MPO".
+# A JPEG with a second picture behind the first (MPO, as phones and stereo cameras write it) has the format
+# "MPO".
 # Expected of Image.open(path, formats=["PNG", "MPO"]): it opens, since .mpo is a registered ending of MPO.
-# Seen: KeyError: 'MPO'. The plug-in of JPEG opens it and then calls it MPO: formats=["JPEG"] opens it. Any other
-# file gives the KeyError, too, in place of UnidentifiedImageError, unless a format before MPO accepts it.
+# Seen: KeyError: 'MPO'. The plug-in of JPEG opens it and then calls it MPO: formats=["JPEG"] opens it. Any
+# other file gives the KeyError, too, in place of UnidentifiedImageError, unless a format before MPO accepts
+# it.
 # Output: format MPO; ending MPO; formats PNG, MPO: KeyError; formats PNG, JPEG: MPO; of an AVIF: KeyError
 set -euo pipefail
 place=$(mktemp -d)
@@ -34,4 +36,5 @@ print(f"format {opened('phone.jpg')}; ending {Image.registered_extensions()['.mp
       f"formats PNG, JPEG: {opened('phone.jpg', ['PNG', 'JPEG'])}; "
       f"of an AVIF: {opened('other.avif', ['PNG', 'MPO'])}")
 PY
-[ "$(cat seen)" = "format MPO; ending MPO; formats PNG, MPO: KeyError; formats PNG, JPEG: MPO; of an AVIF: KeyError" ]
+wanted="format MPO; ending MPO; formats PNG, MPO: KeyError; formats PNG, JPEG: MPO; of an AVIF: KeyError"
+[ "$(cat seen)" = "$wanted" ]

@@ -2,10 +2,11 @@
 # pycocotools 2.0.11 (numpy 2.4.6): the first polygon of an outline decides how all are read. Seen on
 # 2026-11-28, Python 3.11.
 #
-# An outline has a square of 40 x 40 and a leftover of two points, as tools write it of things one pixel wide.
+# An outline has a square of 40 x 40 and a leftover of two points, as tools write it of things one pixel
+# wide.
 # Expected of mask.frPyObjects: 1600 pixels whatever their order, or an error in both.
-# Seen: square first, 1600 pixels, the leftover has none. Leftover first, a TypeError about a bounding box: four
-# numbers in the first polygon mean x, y, width, height for the whole list.
+# Seen: square first, 1600 pixels, the leftover has none. Leftover first, a TypeError about a bounding box:
+# four numbers in the first polygon mean x, y, width, height for the whole list.
 # Output: square first: 1600; leftover first: TypeError: Argument 'bb' has incorrect type
 set -euo pipefail
 place=$(mktemp -d)
