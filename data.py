@@ -105,7 +105,7 @@ KEYS = {"file_name": ("file_name", "filename", "image", "file"), "text": ("text"
         "mask": ("mask", "mask_file_name"), "mask_value": ("mask_value",), "label": ("label",),
         "subject_id": ("subject_id",), "split": ("split",)}  # of a record: as metadata calls them
 SPLIT = re.compile("(train|test|eval|val|dev|holdout)(?:ing|uation|val|id|idation)?(?:[-_]?set)?[0-9]*", re.I)
-PICTURE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages", "data", ""}  # these are no labels
+PICTURE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages", "data", ""}  # never labels
 ONLY_MASKS = "annotations?|trimaps?|segmentation(?:s|class|object)?|gt(?:fine|coarse)|ground[-_]?truth"
 MASK_FOLDER = re.compile(f"(?:.*[-_. ])?(?:masks?|gt|mattes?|{ONLY_MASKS})(?:[-_. ].*)?", re.I)
 MASK_BESIDE = re.compile("(.+?)(?:-masklabel|[-_.](?:mask|seg|trimap|matte|parts_[0-9]+))", re.I)
@@ -119,7 +119,7 @@ def stem_of(path):
 
 
 def list_files(root, notes):
-    """All files below a folder, as paths from there, without hidden ones"""
+    """Relative paths of all files below a folder, except hidden ones"""
     for folder, folders, files in os.walk(root):  # (follows no links to folders: they may lead in circles)
         notes["not read"]["links to folders"] += sum(os.path.islink(f"{folder}/{name}") for name in folders)
         folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
@@ -172,7 +172,7 @@ def metadata_records(root, path, masks, notes):
             separator = max(",\t;", key=file.readline().count)
             rows = csv.DictReader(io.StringIO(file.getvalue()), delimiter=separator, strict=True)
             if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
-                raise ValueError("two columns of one name")
+                raise ValueError("two columns have the same name")
             lines = ((rows.line_num, row) for row in rows)
         elif path.lower().endswith(".jsonl"):
             lines = enumerate(file, 1)
@@ -246,7 +246,7 @@ def folder_records(root, files, notes):
     """The records of a folder with these files. Raises BadInput if a file of metadata cannot be used."""
     pictures = [path for path in files if os.path.splitext(path)[1].lower() in IMAGE_ENDINGS]
     masks, are_masks = find_masks(pictures)
-    notes["not read"]["masks that no picture needs"] += len(are_masks) - sum(map(len, masks.values()))
+    notes["not read"]["unused masks"] += len(are_masks) - sum(map(len, masks.values()))
     taken, seen, described = set(), set(), ()  # files; things; folders whose pictures metadata has to name
     for path in sorted(files, key=lambda path: -path.count("/")):  # the nearest to a picture describes it
         is_json = path.lower().endswith(".json") and (root / path).is_file()
@@ -262,7 +262,7 @@ def folder_records(root, files, notes):
         here = set()
         for record in records:
             thing = record["file_name"], record.get("outline")
-            notes["not read"]["records of what another file describes"] += thing in seen
+            notes["not read"]["records of pictures that are described elsewhere"] += thing in seen
             if thing not in seen:
                 here.add(thing)
                 taken.update((record["file_name"], *record.get("mask", ())))
@@ -288,7 +288,7 @@ def split_of(folder):
 
 
 def words_for(root, path, record, sidecar):
-    """Yields what a picture may be called, the best first, each with where it stands. Raises ValueError."""
+    """Yields possible names of a picture, the best first, each with its origin. Raises ValueError."""
     yield record.get("text", ""), "metadata"
     beside = read_text(root / sidecar) if sidecar else ""
     if re.search(r"(?:[ ,]-?[0-9.]+(?:e-?[0-9]+)?){4}\s*$", beside[:1000].split("\n")[0], re.I):
@@ -303,10 +303,10 @@ def words_for(root, path, record, sidecar):
 
 
 def file_subject(root, record, texts):
-    """A record -> Subject, and where its label stands. texts: {picture or its stem: the text file beside}"""
+    """A record -> Subject, and where its label comes from. texts: {picture or stem: text file beside it}"""
     path, masks, outline = record["file_name"], record.get("mask", []), record.get("outline", "")
     if len(masks) > 1:
-        raise ValueError("it has several masks: name the one of each thing in metadata.jsonl")
+        raise ValueError("it has several masks: list one for each subject in metadata.jsonl")
     mirrored = re.sub("_mirror(?=[^/]*$)", "", path)  # owl_mirror.png is a view of owl.png
     original = mirrored if mirrored != path and (root / mirrored).is_file() else path
     for text, origin in words_for(root, original, record, texts.get(original, texts.get(stem_of(original)))):
@@ -317,11 +317,11 @@ def file_subject(root, record, texts):
     name = f"subject_id {record['subject_id']}" if "subject_id" in record else original
     splits = filter(None, map(split_of, (str(record.get("split", "")), *path.split("/")[:-1])))
     mask = str(root / masks[0]) if masks else ""
-    if mask or outline:  # what is wrong with it is said now, not when it is drawn from
+    if mask or outline:  # a bad mask is reported now, not in training
         open_mask(root / path, mask, record.get("mask_value"), outline, 512)
     has_cutout = bool(mask or outline) or is_cutout(root / path)
     if not has_cutout and is_black_and_white(root / path):
-        raise ValueError("black and white without grey, as a mask is: name its picture in metadata.jsonl")
+        raise ValueError("pure black and white, like a mask: name its picture in metadata.jsonl")
     subject = Subject(f"{root.resolve().name}/{name}", label, "file", str(root / path), mask, has_cutout,
                       text, next(splits, ""), record.get("mask_value"), outline)
     json.dumps(subject, ensure_ascii=False).encode()  # raises if its name is not Unicode
@@ -685,7 +685,7 @@ class TaskDataset:
         self.backgrounds = backgrounds
         has_cutout, wanted = subjects.table["has_cutout"], subjects.table["held_out"] != train
         if not (wanted & (has_cutout | ~has_cutout.any())).any():
-            say_once("none of so few subjects is held out: held-out figures are of training subjects")
+            say_once("too few subjects, none is held out: held-out figures are of training subjects")
             wanted = wanted | True
         self.all, self.cutouts = np.flatnonzero(wanted), np.flatnonzero(wanted & has_cutout)  # indices
         self.plain = np.flatnonzero(wanted & ~has_cutout)

@@ -21,9 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-class BadInput(Exception):
-    """Something that the user can mend: ends a script with one line and exit code 2. The rest are bugs."""
+from tokenizer import BadInput
 
 
 def printable(text):

@@ -43,7 +43,7 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise BadInput(f"{path}: a folder: name a file in it") from None
+        raise BadInput(f"{path}: is a folder: name a checkpoint in it") from None
     except Exception as error:  # a damaged file can fail anywhere inside torch.load
         what = f"not a checkpoint of this program, or damaged ({type(error).__name__})"
         raise BadInput(f"{path}: {what}") from error
@@ -317,7 +317,7 @@ def output_paths(args):
     old = [path for path in paths if os.path.exists(path)]
     for name in filter(None, (*args.ref, *args.example, args.ckpt)):
         if os.path.exists(name) and any(os.path.samefile(path, name) for path in old):
-            raise BadInput(f"-o {args.output}: it would overwrite {name}, which is read: give another name")
+            raise BadInput(f"-o {args.output}: it would overwrite the input {name}: give another name")
     if old and args.output not in old:
         say(f"-o {args.output}: {len(old)} of these pictures are there already and will be overwritten "
             f"({os.path.basename(old[0])}, ...)")

@@ -1,4 +1,4 @@
-"""The VQ tokenizer: images to codes and back. Behind it, where pictures come from: files and paint.
+"""The VQ tokenizer: images to codes and back. The rest of the file reads and paints pictures.
 
     images (B, 3, H, W) in [-1, 1]  --encode-->  codes (B, N, n_codebooks)  --decode-->  images
     N = (H / downsample)^2 patches, row by row; a patch has one code from each codebook, coarse to fine
@@ -26,7 +26,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
-from mentor import BadInput, words_of
+
+class BadInput(Exception):
+    """Something that the user can mend: ends a script with one line and exit code 2. The rest are bugs."""
+
 
 # ---- Between pictures (uint8 arrays) and images (tensors) -------------------------------------------------
 
@@ -368,7 +371,7 @@ def emoji_label(char):
     name = unicodedata.name(char, "").lower()
     if A_SIGN.search(name.upper()) and not A_THING.search(name.upper()):
         return ""
-    if len(words_of(name)) > 5:
+    if len(re.findall(r"\w+|-", name)) > 5:
         name = " ".join(re.sub(r"-| with\b| and\b", " ", name).split()[:5])
     return name
 
@@ -506,7 +509,7 @@ def turn_of_mask(size, path, name):
         return 1
     if turn in range(5, 9) and fits != fits_turned:
         return turn if fits else 1
-    what = "EXIF turns the picture, perhaps the mask: save it turned" if fits else "their proportions differ"
+    what = "EXIF rotates the picture, maybe not the mask: rotate both" if fits else "their proportions differ"
     raise BadInput(f"{path} ({stored[0]} x {stored[1]}) and {name} ({size[0]} x {size[1]}): {what}")
 
 

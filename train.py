@@ -431,7 +431,7 @@ def check_settings(plan, settings):
     compare_held_out(plan, settings, plan.path)
     if settings.get("n_images", plan.settings["n_images"]) != plan.settings["n_images"]:
         say(f"{plan.path} was begun with {settings['n_images']} images; now there are "
-            f"{plan.settings['n_images']} (to begin anew, delete it)")
+            f"{plan.settings['n_images']} (delete it to start over)")
     if settings["bf16"] != plan.settings["bf16"]:
         plan.settings["bf16"] = settings["bf16"]
         say(f"{plan.path} was begun on another kind of machine (bf16): its last bits will differ")
@@ -547,7 +547,7 @@ def train(stage, args, device):
         return run.step % max(1, every) == 0 or run.step == plan.steps
 
     if run.step == plan.steps:
-        return say(f"{plan.path} is finished already: to train it anew, delete it or give another --out")
+        return say(f"{plan.path} is already finished: delete it to train it again, or give another --out")
     if run.step > 0:
         say(f"stage {stage}: resuming at step {run.step} of {plan.steps}")
     saved, started = run.step, time.time() - run.seconds
@@ -641,7 +641,7 @@ def parse_args():
     parser.add_argument("--no-compile", dest="compile", action="store_false",
                         help="without torch.compile, which stages 1 and 2 use (not with --preset test)")
     parser.add_argument("--show", action="store_true", help="a sheet of what this run would learn from")
-    parser.add_argument("--export", metavar="FILE", help="write stage 2 of --out to FILE, in half precision")
+    parser.add_argument("--export", metavar="FILE", help="write stage 2 of --out to a new FILE, in fp16")
     args = parser.parse_args()
     args.preset = args.preset or ("gpu" if args.device == "cuda" else "cpu")
     return args

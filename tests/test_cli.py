@@ -298,7 +298,7 @@ def test_sample_says_what_is_wrong(trained, tmp_path, ref, monkeypatch, capsys):
         (("--prompt", "x " * 500), "words of text, and"),
         ((*good, "--ckpt", broken), "broken.pt: not a checkpoint"),
         ((*good, "--ckpt", tmp_path / "none.pt"), "none.pt: no such file"),
-        ((*good, "--ckpt", trained), "a folder: name a file in it"),
+        ((*good, "--ckpt", trained), "is a folder: name a checkpoint in it"),
         ((*good, "--ckpt", tmp_path / "unknown.pt"), "unknown.pt: not a checkpoint"),
         ((*good, "--ckpt", trained / "tokenizer.pt"), "the tokenizer alone"),
         ((*good, "-n", "0"), "not a whole number from 1 up"),

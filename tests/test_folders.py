@@ -105,7 +105,7 @@ def test_masks_in_a_parallel_folder(tmp_path, pictures, masks):
     assert [area(subject) for subject in subjects] == [AREA]
     assert subjects[0].label in ("dog", "duts-tr-image")
     assert subjects[0].split == "train" * ("train" in pictures)
-    assert "not read: 1 masks that no picture needs" in subjects.report
+    assert "not read: 1 unused masks" in subjects.report
 
 
 def test_masks_that_cannot_be_told_apart_are_no_pictures_either(tmp_path):
@@ -122,10 +122,10 @@ def test_masks_that_cannot_be_told_apart_are_no_pictures_either(tmp_path):
     mask(tmp_path / "ade_parts_1.png")
     subjects = load_subjects(str(tmp_path))
     assert {(s.label, area(s)) for s in subjects} == {("voc", AREA), ("ade", AREA)}
-    assert "1 it has several masks: name the one of each thing in metadata.jsonl, first images/dog.jpg" in (
+    assert "1 it has several masks: list one for each subject in metadata.jsonl, first images/dog.jpg" in (
         subjects.report)
-    assert "1 black and white without grey, as a mask is" in subjects.report
-    assert "3 masks that no picture needs" in subjects.report
+    assert "1 pure black and white, like a mask" in subjects.report
+    assert "3 unused masks" in subjects.report
 
 
 def test_masks_alone_are_a_class_of_their_own(tmp_path):
@@ -194,7 +194,7 @@ def test_a_picture_that_exif_turns_turns_its_mask(tmp_path, turn):
     photo(tmp_path / "dog.jpg", exif=exif, quality=95)
     mask(tmp_path / "dog_mask.png")
     if turn in (2, 3, 4):
-        with pytest.raises(BadInput, match="EXIF turns the picture, perhaps the mask"):
+        with pytest.raises(BadInput, match="EXIF rotates the picture, maybe not the mask"):
             load_subjects(str(tmp_path))
         return
     (subject,) = load_subjects(str(tmp_path))
@@ -251,7 +251,7 @@ def test_the_nearest_metadata_describes_a_picture_and_folders_are_splits(tmp_pat
         "owl": "test",
         "deep/2.png": "train",
     }
-    assert "1 records of what another file describes" in report
+    assert "1 records of pictures that are described elsewhere" in report
     assert "1 pictures that the metadata does not name" in report and "2 held out" in report
 
 
@@ -271,7 +271,7 @@ def test_the_nearest_metadata_describes_a_picture_and_folders_are_splits(tmp_pat
         ("metadata.jsonl", '{"file_name": "1.png", "label": ["a"]}', "line 1: \"label\" is \\['a'\\]: write"),
         ("metadata.csv", "file_name,text\n", "no record in it"),
         ("metadata.csv", 'file_name,text\n1.png,"a dog\n2.png,an owl\n', "line 1: unexpected end of data"),
-        ("metadata.csv", "file_name,text,text\n1.png,a dog,a cat", "two columns of one name"),
+        ("metadata.csv", "file_name,text,text\n1.png,a dog,a cat", "two columns have the same name"),
         ("c.json", '{"images": [], "categories": [], "annotations": [{"image_id": 9}]}', "annotation 1: Key"),
         ("metadata.csv", "file_name,text\n1.png,a dog, behind", "line 2: more values than columns: put"),
         ("metadata.csv", "name,text\n1.png,dog", "line 2: .*found are name, text"),

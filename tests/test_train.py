@@ -390,7 +390,7 @@ def test_what_was_held_out_is_compared_with_the_stage_before_and_on_resuming(tmp
         run_stage(2, tmp_path / "out", steps=1, data=str(tmp_path / "mine"), mix={"recovery": 1.0})
     said = capsys.readouterr().err
     assert "was begun with 30 images; now there are 60" in said
-    assert "is finished already: to train it anew" in said
+    assert "is already finished: delete it to train it" in said
     (tmp_path / "out" / "stage2.pt").unlink()
     assert warned(2, 1)  # by the stage before
 
