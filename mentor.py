@@ -67,7 +67,7 @@ def has_bf16(device):
     """Whether the hardware multiplies bf16: CUDA since Ampere, CPUs with avx512_bf16 (others are slow)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def autocast(device):
@@ -166,11 +166,16 @@ def build_sequence(config, pieces, references, copies, target=None):
     return torch.from_numpy(np.concatenate(tokens))
 
 
-def pad_sequences(sequences, multiple=1):
-    """Sequences of tokens -> tokens (B, T, 5 + k), lengths (B,), padded on the right to a multiple, because
-    odd sizes are slower. Attention is causal: nothing looks at the padding, so it needs no mask."""
+def pack_sequences(sequences):
+    """Sequences of tokens, one behind the other: tokens (n, 5 + k), lengths (a list that sums to n). Training
+    reads them so, since padding would cost as much as what it fills up."""
+    return torch.cat(sequences), [len(sequence) for sequence in sequences]
+
+
+def pad_sequences(sequences):
+    """Sequences of tokens, one below the other, padded on the right: tokens (B, T, 5 + k), lengths (B,).
+    Drawing reads them so. Attention is causal: nothing looks at the padding."""
     tokens = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    tokens = F.pad(tokens, (0, 0, 0, -tokens.shape[1] % multiple))
     return tokens, torch.tensor([len(sequence) for sequence in sequences])
 
 
@@ -183,7 +188,7 @@ def rms_norm(x):
 
 
 def rotary_table(positions, config):
-    """positions (B, T, 3) -> cos, sin (B, 1, T, head_dim), as `rotate` takes them.
+    """positions (..., 3) -> cos, sin (..., 1, head_dim), as `rotate` takes them.
     Half of the pairs turn with the order, a quarter each with row and column. Position 0 has cos 1 and sin 0,
     the identity (a table of zeros would blind attention to the prefix, as it did in LlamaGen). Rows and
     columns turn by half a turn per patch to some half a turn per image: copying tells neighbours apart."""
@@ -191,8 +196,8 @@ def rotary_table(positions, config):
     n_order, n_grid = head_dim // 4, head_dim // 8  # pairs that turn with the order; with row or column
     for axis, (n_pairs, fastest, base) in enumerate([(n_order, 1.0, 10000)] + 2 * [(n_grid, torch.pi, side)]):
         frequency = fastest * base ** (-torch.arange(n_pairs, device=positions.device) / n_pairs)
-        angles.append(positions[:, None, :, axis, None] * frequency)  # (B, 1, T, n_pairs)
-    angles = torch.cat(angles, -1)  # (B, 1, T, head_dim / 2)
+        angles.append(positions[..., None, axis, None] * frequency)  # (..., 1, n_pairs)
+    angles = torch.cat(angles, -1)  # (..., 1, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -203,14 +208,39 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(head_dim) + mask) v: q (B, n_head, T, head_dim), k and v (B, n_head, S, head_dim).
-    Causal if there is no mask. (On a CPU in bf16 the formula is faster than torch's kernel for it.)"""
+    """softmax(q k^T / sqrt(head_dim) + mask) v: q (..., n_head, T, head_dim), k and v (..., n_head, S,
+    head_dim). Causal if there is no mask. (On a CPU the formula is faster than torch's kernel for it.)"""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     if mask is None:
-        mask = torch.full((q.shape[2], q.shape[2]), -torch.inf, dtype=q.dtype).triu(1)  # (T, T)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, n_head, T, S)
+        mask = torch.full((q.shape[-2], q.shape[-2]), -torch.inf, dtype=q.dtype).triu(1)  # (T, T)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (..., n_head, T, S)
     return (scores + mask).softmax(-1) @ v
+
+
+class Packing(NamedTuple):
+    """Where B sequences stand in a packed batch of n tokens."""
+    lengths: list        # of each sequence
+    slots: torch.Tensor  # (n,): where each token would stand if all were padded to the longest, row by row
+
+
+@torch.compiler.disable  # lengths change from step to step
+def attend_within(q, k, v, packing):
+    """Causal attention within each of the packed sequences: q, k, v (n, n_head, head_dim) -> the same shape.
+    On a CPU they take turns, without padding. Other devices are faster if all are one batch."""
+    if q.device.type != "cpu":
+        return attend_padded(q, k, v, packing)
+    each = zip(*(x.transpose(0, 1).split(packing.lengths, 1) for x in (q, k, v)))  # (n_head, T, head_dim)
+    return torch.cat([attend(*qkv) for qkv in each], 1).transpose(0, 1)
+
+
+def attend_padded(q, k, v, packing):
+    """attend_within, on a batch that is padded for this alone."""
+    lengths, slots = packing
+    B, T = len(lengths), max(lengths)
+    q, k, v = (x.new_zeros(B * T, *x.shape[1:]).index_copy(0, slots, x).unflatten(0, (B, T)).transpose(1, 2)
+               for x in (q, k, v))  # (B, n_head, T, head_dim)
+    return attend(q, k, v).transpose(1, 2).flatten(0, 1)[slots]
 
 
 class KVCache(NamedTuple):
@@ -230,20 +260,21 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.gain = nn.Parameter(torch.empty(config.n_head, 1, 1))  # QK-norm fixes lengths; this sharpens
 
-    def forward(self, x, rotary, cache=None):
-        """x (B, T, n_embd) -> (B, T, n_embd). Without a cache a token sees x alone."""
+    def forward(self, x, rotary, seen):
+        """What tokens see is, in training, a Packing: x (n, n_embd) -> (n, n_embd). In drawing it is a
+        KVCache, into which they write: x (B, T, n_embd) -> (B, T, n_embd)."""
         x = x.to(self.proj.weight.dtype)
-        q, k, v = (F.linear(x, matrix).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-                   for matrix in self.qkv)  # (B, n_head, T, head_dim) each
-        dtype = v.dtype  # that of the matrix products
-        q, k = rotate(rms_norm(q), *rotary) * self.gain, rotate(rms_norm(k), *rotary)  # in fp32
-        if cache is None:
-            y = attend(q.to(dtype), k.to(dtype), v)
+        q, k, v = (F.linear(x, matrix).unflatten(-1, (self.n_head, -1)) for matrix in self.qkv)
+        dtype = v.dtype  # that of the matrix products; q, k, v: (..., n_head, head_dim)
+        q, k = rotate(rms_norm(q), *rotary) * self.gain.squeeze(-1), rotate(rms_norm(k), *rotary)  # in fp32
+        if isinstance(seen, Packing):
+            y = attend_within(q.to(dtype), k.to(dtype), v, seen)
         else:
-            keys = cache.keys.index_copy_(2, cache.slots, k.to(cache.keys.dtype))  # (B, n_head, S, head_dim)
-            values = cache.values.index_copy_(2, cache.slots, v.to(cache.values.dtype))
-            y = attend(q.to(keys.dtype), keys, values, cache.mask)
-        return self.proj(y.transpose(1, 2).flatten(2).to(dtype))
+            q, k, v = (x.transpose(1, 2).to(seen.keys.dtype) for x in (q, k, v))  # (B, n_head, T, head_dim)
+            keys = seen.keys.index_copy_(2, seen.slots, k)  # (B, n_head, S, head_dim)
+            values = seen.values.index_copy_(2, seen.slots, v)
+            y = attend(q, keys, values, seen.mask).transpose(1, 2)
+        return self.proj(y.flatten(-2).to(dtype))
 
 
 class MLP(nn.Module):
@@ -262,8 +293,10 @@ class Block(nn.Module):
         self.attention = CausalSelfAttention(config)
         self.mlp = MLP(config, expansion=4)
 
-    def forward(self, x, rotary, cache=None):
-        x = x + self.attention(rms_norm(x), rotary, cache)
+    def forward(self, x, rotary, seen, kept=None):
+        """kept: indices of the tokens (n,) that are needed behind this block, if not all are."""
+        x = x + self.attention(rms_norm(x), rotary, seen)
+        x = x if kept is None else x[kept]
         return x + self.mlp(rms_norm(x))
 
 
@@ -307,16 +340,17 @@ class Mentor(nn.Module):
         return list(table.unbind())  # (indexing it level by level would make full-size gradients)
 
     def embed(self, tokens, table):
-        """(B, T, 5 + n_codebooks) -> (B, T, n_embd): text by its two rows, a patch by its codes."""
+        """(..., 5 + n_codebooks) -> (..., n_embd): text by its two rows, a patch by its codes."""
         text = self.word_embedding(tokens[..., WORD_IDS]).sum(-2)
         patches = sum(F.embedding(codes, level) for codes, level in zip(tokens[..., CODES].unbind(-1), table))
         return torch.where(tokens[..., :1] == PATCH, patches, text)
 
-    def run_blocks(self, x, rotary, caches=None):
-        """Embedded tokens and their rotary table -> the last block's output, normalised (B, T, n_embd)."""
+    def run_blocks(self, x, rotary, seen, kept=None):
+        """Embedded tokens (..., n_embd), their rotary table and what each block's attention sees -> the last
+        block's output, normalised: of all tokens, or of those kept."""
         x = rms_norm(x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, rotary, caches[i] if caches else None)
+        for block, seen_here in zip(self.blocks, seen):
+            x = block(x, rotary, seen_here, kept if block is self.blocks[-1] else None)
         return rms_norm(x)
 
     def logits(self, x, coarser, level, vectors):
@@ -324,17 +358,17 @@ class Mentor(nn.Module):
         coarser: the sum of the vectors of its coarser codes (..., n_embd). vectors: code_table()[level]"""
         if level > 0:
             x = x + self.level_mlps[level - 1](rms_norm(x + rms_norm(coarser)))
-        return F.linear(x.to(vectors.dtype), vectors).float() * self.head_gain[level]
+        return F.linear((x * self.head_gain[level]).to(vectors.dtype), vectors).float()
 
     def forward(self, tokens, lengths, target):
-        """tokens (B, T, 5 + n_codebooks), lengths (B,) without the padding, codes of the target (B, N,
+        """Packed tokens (n, 5 + n_codebooks), their lengths (a list of B), codes of the target (B, N,
         n_codebooks) -> the cross-entropy of each of these codes, in nats (B, N, n_codebooks)."""
-        table = self.code_table()
-        x = self.embed(tokens, table)  # (B, T, n_embd)
-        x = self.run_blocks(x, rotary_table(tokens[..., POSITION], self.config))
-        N = target.shape[1]
-        last = lengths[:, None] - N + torch.arange(N, device=tokens.device)  # (B, N): what predicts it
-        x = x.gather(1, last[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)  # (B * N, n_embd)
+        N, longest, ends = target.shape[1], max(lengths), torch.tensor(lengths).cumsum(0)
+        predicting = (ends[:, None] + torch.arange(-N, 0)).flatten().to(tokens.device)  # (B * N,)
+        slots = torch.cat([i * longest + torch.arange(length) for i, length in enumerate(lengths)])
+        packing, table = Packing(lengths, slots.to(tokens.device)), self.code_table()
+        x, rotary = self.embed(tokens, table), rotary_table(tokens[:, POSITION], self.config)
+        x = self.run_blocks(x, rotary, [packing] * len(self.blocks), predicting)  # (B * N, n_embd)
         nats, coarser = [], 0.0
         for level, codes in enumerate(target.flatten(0, 1).unbind(-1)):  # (B * N,) each
             logits = self.logits(x, coarser, level, table[level])  # (B * N, codebook_size)
@@ -396,7 +430,7 @@ def drawing_copy(model):
 def prefill(model, table, tokens, lengths, prompt_of):
     """Reads each prompt once, and copies its state to every row that draws from it: tokens (B, T, 5 +
     n_codebooks), lengths (B,), prompt_of (rows,), which of the B a row continues.
-    Returns x (rows, n_embd), which predicts the first patch; the rotary tables of all N patches, (rows, 1, N,
+    Returns x (rows, n_embd), which predicts the first patch; the rotary tables of all N patches, (rows, N, 1,
     head_dim) each; a KVCache for each layer, with room for N patches."""
     config, device, N = model.config, tokens.device, model.config.n_patches
     (B, T, _), head_dim = tokens.shape, config.n_embd // config.n_head
@@ -495,7 +529,7 @@ def generate(model, prompts, copies, n=1, seed=0, temperatures=TEMPERATURES, cfg
         """The transformer reads the patch that was drawn last, and the next one is drawn."""
         mask.index_fill_(3, slots, 0)  # from now on rows see it
         patch.add_(1)
-        x.copy_(model.run_blocks(drawn[:, None], [t.index_select(2, patch) for t in rotary], caches)[:, 0])
+        x.copy_(model.run_blocks(drawn[:, None], [t.index_select(1, patch) for t in rotary], caches)[:, 0])
         slots.add_(1)
         draw_patch()
 

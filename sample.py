@@ -11,6 +11,7 @@
 import argparse
 import contextlib
 import errno
+import math
 import os
 import re
 import sys
@@ -51,7 +52,19 @@ def load_checkpoint(path):
     if version != VERSION:
         raise BadInput(f"{path}: written by another version of this program ({version}, here {VERSION}): "
                        "train it again")
+    if not {"words", "backgrounds"} <= set(checkpoint.get("known", ())):
+        raise BadInput(f"{path}: not a checkpoint of this program, or damaged (KeyError: known)")
     return checkpoint
+
+
+def load_weights(checkpoint, path, tokenizer, model=None):
+    """Fills the tokenizer, and the transformer if there is one, from a checkpoint. Raises BadInput."""
+    try:
+        tokenizer.load_state_dict(checkpoint["tokenizer"])
+        if model is not None:
+            model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path}: its weights do not fit its own configuration") from error
 
 
 def load_models(path, device):
@@ -60,15 +73,12 @@ def load_models(path, device):
     checkpoint = load_checkpoint(path)
     if checkpoint["stage"] == 0:
         raise BadInput(f"--ckpt {path} holds the tokenizer alone: give a stage1.pt or stage2.pt")
-    if not {"words", "backgrounds"} <= set(checkpoint.get("known", ())):
-        raise BadInput(f"--ckpt {path}: not a checkpoint of this program, or damaged (KeyError: known)")
     try:
         config = Config(**checkpoint["config"])
         model, tokenizer = Mentor(config), Tokenizer(config)
-        model.load_state_dict(checkpoint["model"])
-        tokenizer.load_state_dict(checkpoint["tokenizer"])
     except (RuntimeError, TypeError):
-        raise BadInput(f"--ckpt {path}: its weights do not fit its own configuration") from None
+        raise BadInput(f"--ckpt {path}: not a checkpoint of this program, or damaged (config)") from None
+    load_weights(checkpoint, path, tokenizer, model)
     return model.to(device).eval(), tokenizer.to(device).eval(), checkpoint["known"]
 
 
@@ -110,6 +120,53 @@ def save_sheet(rows, path):
             pen.text((x, y + shown), "\n".join(lines), fill=(90, 90, 90), font=small)
     with whole_file(path) as temporary:
         sheet.save(temporary, "PNG")
+
+
+PLOT_COLOURS = ("#3264c8", "#329632", "#d23232", "#c88c14", "#7832b4", "#1e9696", "#787878")
+
+
+def save_plot(panels, path):
+    """panels: (title, what x is, lines), a line being name -> list of (x, y) or (x, y, standard error) -> one
+    PNG, the panels side by side"""
+    image = Image.new("RGB", (640 * len(panels), 460), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    for i, (title, x_title, lines) in enumerate(panels):
+        points = [(x, y - sum(error), y + sum(error)) for line in lines.values() for x, y, *error in line]
+        if not points:
+            continue
+        x_ticks, y_ticks = ticks([x for x, _, _ in points]), ticks([y for _, *ends in points for y in ends])
+
+        def place(x, y, left=640 * i + 60, x_ticks=x_ticks, y_ticks=y_ticks):
+            return (left + 400 * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]),
+                    390 - 330 * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
+
+        pen.text((640 * i + 60, 20), title, fill="black", font=font)
+        for y in y_ticks:
+            pen.line([place(x_ticks[0], y), place(x_ticks[-1], y)], fill="#e1e1e1")
+            pen.text((640 * i + 52, place(0, y)[1]), f"{y:g}", fill="black", font=font, anchor="rm")
+        for x in x_ticks:
+            pen.text((place(x, 0)[0], 400), f"{x:,g}", fill="black", font=font, anchor="ma")
+        pen.text((640 * i + 260, 426), x_title, fill="black", font=font, anchor="ma")
+        height = 0
+        for name, line in sorted(lines.items(), key=lambda item: place(*item[1][-1][:2])[1]):
+            colour = PLOT_COLOURS[list(lines).index(name) % len(PLOT_COLOURS)]
+            pen.line([place(x, y) for x, y, *_ in line], fill=colour, width=3)
+            for x, y, *error in line:
+                pen.line([place(x, y - sum(error)), place(x, y + sum(error))], fill=colour, width=2)
+                pen.ellipse([n + r for r in (-3, 3) for n in place(x, y)], fill=colour)
+            height = max(height + 18, place(*line[-1][:2])[1])  # names keep their distance
+            pen.text((640 * i + 470, height), name, fill=colour, font=font, anchor="lm")
+    with whole_file(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def ticks(values):
+    """Round numbers, evenly spaced, from the least of the values or below to the greatest or above."""
+    low, high = min(values), max(values)
+    span = max(high - low, 1e-3 * abs(high), 1e-9)
+    step = min(base * 10.0 ** e for e in range(-10, 15) for base in (1, 2, 5) if base * 10.0 ** e >= span / 6)
+    first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
+    return [round(i * step, 10) for i in range(first, last + 1)]
 
 
 # ---- From a prompt to pictures ----------------------------------------------------------------------------
@@ -164,6 +221,13 @@ def box_to_frame(on_black):
     return np.array([left, top, left + side, top + side])
 
 
+def show_cutout(cutout, size):
+    """A cut-out as a reference: framed like most references of training -> uint8 (size, size, 3)"""
+    # On mid-grey the model keeps more of the subject than on white: hard CP HARD instead of WHITE.
+    ground = Image.new("RGB", (size, size), (128, 128, 128))
+    return np.asarray(compose(cutout, ground, AS_GIVEN)[0])
+
+
 def open_references(files, task, model, tokenizer):
     """files: (path, label) each -> as the task shows them: list of uint8 (image_size, image_size, 3). Raises
     BadInput."""
@@ -177,9 +241,7 @@ def open_references(files, task, model, tokenizer):
         pictures = dict(zip(unframed, framed))
     for i, (path, label) in enumerate(files):
         if i not in pictures:  # a cut-out: its alpha says where the subject is
-            cutout = open_cutout(Subject(path, label, "file", path))
-            on_white, _, _ = compose(cutout, Image.new("RGB", (size, size), "white"), AS_GIVEN)
-            pictures[i] = np.asarray(on_white)
+            pictures[i] = show_cutout(open_cutout(Subject(path, label, "file", path)), size)
     return [pictures[i] for i in range(len(files))]
 
 
@@ -204,8 +266,9 @@ def at_least(least, kind=int):
 
 
 def add_device_flag(parser):
-    devices = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
-    parser.add_argument("--device", choices=devices, default=devices[-1])
+    found = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
+    devices = [name for name, is_there in found.items() if is_there]
+    parser.add_argument("--device", choices=devices, default=devices[0])
 
 
 def run_script(main):

@@ -78,7 +78,7 @@ def nearest(vectors, codebook):
     """The index of the nearest vector of a codebook (codebook_size, code_dim): (..., code_dim) -> (...)"""
     flat, half_squares = vectors.flatten(0, -2), codebook.pow(2).sum(-1) / 2
     # |v - c|^2 is smallest where v . c - |c|^2 / 2 is largest. (All rows at once would take gigabytes.)
-    found = [(rows @ codebook.T - half_squares).argmax(-1) for rows in flat.split(4096)]
+    found = [torch.addmm(-half_squares, rows, codebook.T).argmax(-1) for rows in flat.split(4096)]
     return torch.cat(found).view(vectors.shape[:-1])
 
 

@@ -6,13 +6,14 @@ their schedule (SCHEDULES), the weights that they start from (start_run), and th
     python train.py --stage 1                        the tokenizer first, unless --out has a finished one
     python train.py --stage 2                        starts from out/stage1.pt
     python train.py --stage 1 --data my_folder       your own cut-outs
+    python train.py --stage 2 --init weights/cpu.pt --data my_folder --out own    fine-tunes a trained model
     python train.py --stage 2 --show                 a sheet of what this run would learn from, no training
     torchrun --nproc_per_node=8 train.py --stage 1   eight GPUs; the same gradients as one, same --batch-size
     python train.py --export weights/mine.pt         the finished model, in half precision
 
 The same command resumes a run where it was saved last. In --out: tokenizer.pt, stage1.pt, stage2.pt
 (checkpoints), stage0.png, stage1.png, stage2.png (what it draws of held-out subjects), log.jsonl (a line for
-each logged step; steps that an interrupted run lost are there twice).
+each logged step; steps that an interrupted run lost are there twice), curves.png.
 """
 import argparse
 import contextlib
@@ -40,23 +41,25 @@ from tqdm import tqdm
 from data import (AS_GIVEN, MAX_BACKGROUND, PLACES, QUARTERS, SIZES, TASKS, TaskDataset, clean_text, compose,
                   fill_prompt, load_subjects, open_cutout)
 from mentor import (CODES, CONFIGS, HIDDEN, WORD_IDS, BadInput, Config, Mentor, autocast, build_sequence,
-                    has_bf16, hide_condition, pad_sequences, weighted_loss, words_of)
+                    has_bf16, hide_condition, pack_sequences, weighted_loss, words_of)
 from sample import (RANK, VERSION, WORLD, Parser, add_device_flag, at_least, draw, load_checkpoint,
-                    run_script, save_sheet, say, whole_file)
+                    load_weights, run_script, save_plot, save_sheet, say, whole_file)
 from tokenizer import (BACKGROUNDS, Tokenizer, emoji_font, from_bytes, reference_copies, to_arrays,
                        to_images)
 
-# For stages 0, 1, 2: optimizer steps, samples per step, peak learning rate. micro_batch: how many sequences
-# go through the transformer at once. It decides memory and speed; the gradient is that of the whole batch.
+# For stages 0, 1, 2: optimizer steps, samples per step, peak learning rate. micro_batch: at most how many
+# sequences go through the transformer at once. It decides memory and speed; the gradient is that of the whole
+# batch.
 SCHEDULES = {
     "test": dict(steps=(150, 80, 80), batch_size=(16, 16, 16), lr=(2e-3, 1.2e-2, 6e-3), micro_batch=16),
-    "cpu": dict(steps=(6000, 600, 12600), batch_size=(16, 16, 16), lr=(2e-3, 4e-3, 3e-3), micro_batch=4),
+    "cpu": dict(steps=(6000, 600, 12600), batch_size=(16, 16, 16), lr=(2e-3, 4e-3, 3e-3), micro_batch=32),
     # Twelve minutes on an H100.
     "cpu on cuda": dict(steps=(2350, 730, 5900), batch_size=(64, 128, 160), lr=(2e-3, 4e-3, 3.5e-3),
                         micro_batch=80),
     "gpu": dict(steps=(50000, 60000, 60000), batch_size=(128, 256, 256), lr=(1e-3, 1e-3, 5e-4),
                 micro_batch=64),
 }
+FINE_TUNING = dict(steps=200, lr=1 / 3)  # with --init: steps by default; the stage's rates, times this
 MIXES = {  # share of each task in a stage
     # Stage 0 sees every kind of picture. Each of these tasks has one reference: two pictures a sample.
     0: {"segmentation": 0.35, "recovery": 0.15, "subject-driven": 0.5},
@@ -74,56 +77,51 @@ CHECKPOINTS = ("tokenizer.pt", "stage1.pt", "stage2.pt")
 # patch where its codes will be, and fill_codes looks them up.
 
 class Batch(NamedTuple):
-    pictures: torch.Tensor  # uint8 (n, H, W, 3): the targets of all rows, then the copies of their references
-    tokens: torch.Tensor    # (B, T, 6): the last column is the patch's index among all patches of `pictures`
-    lengths: torch.Tensor   # (B,)
+    pictures: torch.Tensor  # uint8 (m, H, W, 3): the targets of all B samples, then their references' copies
+    tokens: torch.Tensor    # (n, 6), packed: the last column is a patch's index among all of `pictures`
+    lengths: list           # of the B sequences; they sum to n
     coverage: torch.Tensor  # (B, N): how much of each patch of the target the subject covers, 0 to 1
     coarse: torch.Tensor    # (B,): the weight of the coarsest codes (Task.coarse)
 
 
-def collate(config, n_rows, samples):
-    """Samples, sorted by rough length and split -> list of Batch, n_rows each: short sequences are not padded
-    to the longest, and the mean of the batches' losses is the loss of all samples."""
-    rows = []
-    for s in samples:
-        pieces, references = hide_condition(fill_prompt(s.task, s.labels, s.caption), s.references, s.hide)
-        rows.append((pieces, [reference_copies(config, TASKS[s.task].copies, reference)
-                              for reference in references], s))
-    rows.sort(key=lambda row: config.n_patches * sum(map(len, row[1])) + len(" ".join(row[0]).split()))
-    return [lay_out(config, rows[i:i + n_rows]) for i in range(0, len(rows), n_rows)]
+def collate(config, at_once, samples):
+    """Samples -> list of Batch, of as many samples each: their losses' mean is the loss of all samples."""
+    return [lay_out(config, samples[i:i + at_once]) for i in range(0, len(samples), at_once)]
 
 
-def lay_out(config, rows):
-    """rows: list of (pieces, references, sample), a reference being a list of its copies -> Batch"""
-    N, pictures, sequences = config.n_patches, [sample.target for _, _, sample in rows], []
+def lay_out(config, samples):
+    """Samples -> Batch"""
+    N, pictures, sequences = config.n_patches, [s.target for s in samples], []
 
     def patch_ids(first, n):  # of n pictures (n, N, 1)
         return torch.arange(N * first, N * (first + n)).view(n, N, 1)
 
-    for i, (pieces, references, sample) in enumerate(rows):
+    for i, s in enumerate(samples):
+        pieces, references = hide_condition(fill_prompt(s.task, s.labels, s.caption), s.references, s.hide)
         ids = []
-        for copies in references:
+        for reference in references:
+            copies = reference_copies(config, TASKS[s.task].copies, reference)
             ids.append(patch_ids(len(pictures), len(copies)))
             pictures += copies
-        tokens = build_sequence(config, pieces, ids, TASKS[sample.task].copies, patch_ids(i, 1)[0])
-        if sample.hide == "picture":  # then the prompt must tell each patch
+        tokens = build_sequence(config, pieces, ids, TASKS[s.task].copies, patch_ids(i, 1)[0])
+        if s.hide == "picture":  # then the prompt must tell each patch
             tokens[1 - N:, WORD_IDS] = HIDDEN
         sequences.append(tokens)
-    masks = torch.from_numpy(np.stack([sample.mask for _, _, sample in rows]))  # (B, H, W)
+    masks = torch.from_numpy(np.stack([s.mask for s in samples]))  # (B, H, W)
     coverage = F.avg_pool2d(masks[:, None].float(), config.downsample).flatten(1) / 255
-    coarse = torch.tensor([TASKS[sample.task].coarse for _, _, sample in rows])
-    pictures = torch.from_numpy(np.stack(pictures))  # (n, H, W, 3)
-    return Batch(pictures, *pad_sequences(sequences, multiple=8), coverage, coarse)
+    coarse = torch.tensor([TASKS[s.task].coarse for s in samples])
+    pictures = torch.from_numpy(np.stack(pictures))  # (m, H, W, 3)
+    return Batch(pictures, *pack_sequences(sequences), coverage, coarse)
 
 
 @torch.no_grad()
 def fill_codes(tokenizer, batch, device):
-    """A Batch -> Mentor.forward's tokens (B, T, 5 + n_codebooks), lengths (B,), target (B, N, n_codebooks)"""
-    pictures, tokens, lengths = (x.to(device, non_blocking=True) for x in batch[:3])
-    codes = tokenizer.encode(from_bytes(pictures))  # (n, N, n_codebooks)
-    patch_ids = tokens[..., CODES][..., 0]  # (B, T); 0 where there is no patch, whose codes nobody looks at
-    tokens = torch.cat((tokens[..., :CODES.start], codes.flatten(0, 1)[patch_ids]), -1)
-    return tokens, lengths, codes[:len(tokens)]
+    """A Batch -> Mentor.forward's tokens (n, 5 + n_codebooks), lengths, target (B, N, n_codebooks)"""
+    pictures, tokens = (x.to(device, non_blocking=True) for x in batch[:2])
+    codes = tokenizer.encode(from_bytes(pictures))  # (m, N, n_codebooks)
+    patch_ids = tokens[:, CODES][:, 0]  # (n,); 0 where there is no patch, whose codes nobody looks at
+    tokens = torch.cat((tokens[:, :CODES.start], codes.flatten(0, 1)[patch_ids]), -1)
+    return tokens, batch.lengths, codes[:len(batch.lengths)]
 
 
 def stack_pictures(samples):
@@ -141,7 +139,7 @@ def learning_rate(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def make_optimizers(model, bf16, fused):
+def make_optimizers(model, bf16):
     """Muon for the matrices of the blocks (the tokenizer's, too) and of the level MLPs, AdamW for all else:
     embeddings, codebooks, gains, ... torch's Muon computes in bf16. Where the hardware does not multiply
     bf16, AdamW takes these matrices as well."""
@@ -152,7 +150,7 @@ def make_optimizers(model, bf16, fused):
         group = muon if is_matrix and in_block and bf16 else decayed if is_matrix else others
         group.append(parameter)
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
     if muon:  # match_rms_adamw: one learning rate serves both
         optimizers.append(torch.optim.Muon(muon, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
     return optimizers
@@ -265,20 +263,50 @@ def sheet_rows(samples, *models):
 
 
 def evaluate(run, held_out):
-    """held_out: task -> TaskDataset. Writes figures into the log and a sheet. Only the first process does."""
+    """held_out: task -> TaskDataset. Writes figures into the log, their curves and a sheet. Only the first
+    process does."""
     if RANK > 0:
         return
     plan, n = run.plan, 64 if run.plan.config.n_embd > 64 else 16  # (fewer for --preset test)
+    sheet = plan.sheet if run.step else before(plan.sheet)
     if plan.stage == 0:
         dataset, = held_out.values()
-        figures = quality(run.tokenizer, [dataset[i].target for i in range(256)], plan.sheet)
+        figures = quality(run.tokenizer, [dataset[i].target for i in range(256)], sheet)
     else:
         figures = held_out_losses(run.model, run.tokenizer, held_out, n, plan.device)
         first = {task: [dataset[i] for i in range(6)] for task, dataset in held_out.items()}
-        save_sheet(sheet_rows(first, run.model, run.tokenizer), plan.sheet)
-    log(plan, step=run.step, held_out=figures, seconds=round(run.seconds, 1))
+        save_sheet(sheet_rows(first, run.model, run.tokenizer), sheet)
+    log(plan, step=run.step, samples=run.step * plan.batch_size, held_out=figures,
+        seconds=round(run.seconds, 1))
+    if plan.stage:
+        draw_curves(plan.out)
     words = ", ".join(f"{name} {value}" for name, value in figures.items())
     tqdm.write(f"stage {plan.stage}, step {run.step}, held out: {words}", file=sys.stderr)
+
+
+def before(sheet):
+    """The sheet of what a model drew before it was fine-tuned"""
+    return sheet.replace(".png", "-before.png")
+
+
+def draw_curves(out):
+    """curves.png, from the log of stages 1 and 2: held-out losses and the two gains, over samples."""
+    looks = {}  # (stage, step) -> record; where a run started again, what was logged from there on is void
+    with open(os.path.join(out, "log.jsonl")) as file:
+        for record in map(json.loads, file):
+            if record["stage"] > 0 and "samples" in record:
+                at = record["stage"], record["step"]
+                looks = {other: looks[other] for other in looks if other < at} | {at: record}
+    first = max((record["samples"] for record in looks.values() if record["stage"] == 1), default=0)
+    losses, gains = {}, {}
+    for (stage, _), record in looks.items():
+        for name, value in record["held_out"].items():
+            if name in TASKS or name in ("reference gain", "prompt gain"):
+                line = (losses if name in TASKS else gains).setdefault(name, [])
+                line.append((record["samples"] + (first if stage == 2 else 0), value))
+    save_plot([("held-out loss, nats per patch", "samples", losses),
+               ("how much the loss rises with another reference, or text", "samples", gains)],
+              os.path.join(out, "curves.png"))
 
 
 # ---- The parts of a run -----------------------------------------------------------------------------------
@@ -303,18 +331,21 @@ def make_plan(stage, args, device):
     """Raises BadInput if the batches do not come out even."""
     schedule = SCHEDULES.get(f"{args.preset} on {device.type}", SCHEDULES[args.preset])
     batch_size = args.batch_size or schedule["batch_size"][stage]
-    at_once = batch_size if stage == 0 else schedule["micro_batch"]
-    micro_batch = max(1, min(batch_size // WORLD, at_once))
-    if batch_size % (WORLD * micro_batch):
-        raise BadInput(f"stage {stage}, --batch-size {batch_size}: give a multiple of {WORLD * micro_batch} "
-                       f"({WORLD} processes, {micro_batch} at a time)")
-    steps, mix = args.steps or schedule["steps"][stage], args.mix if args.mix and stage else MIXES[stage]
+    if batch_size % WORLD:
+        raise BadInput(f"stage {stage}, --batch-size {batch_size}: give a multiple of {WORLD}, the number "
+                       "of processes")
+    most = batch_size if stage == 0 else schedule["micro_batch"]
+    micro_batch = next(n for n in range(most, 0, -1) if batch_size // WORLD % n == 0)
+    steps, lr = schedule["steps"][stage], schedule["lr"][stage]
+    if args.init:
+        steps, lr = FINE_TUNING["steps"], FINE_TUNING["lr"] * lr
+    steps, mix = args.steps or steps, args.mix if args.mix and stage else MIXES[stage]
     settings = {"preset": args.preset, "data": args.data or ("emoji" if emoji_font() else "shapes"),
                 "backgrounds": args.backgrounds, "mix": mix, "steps": steps, "batch_size": batch_size,
-                "seed": args.seed, "bf16": has_bf16(device)}  # bf16 decides the optimizers
-    return Plan(stage, CONFIGS[args.preset], device, steps, batch_size, micro_batch, schedule["lr"][stage],
-                mix, settings, args.out, os.path.join(args.out, CHECKPOINTS[stage]),
-                os.path.join(args.out, f"stage{stage}.png"))
+                "seed": args.seed, "init": args.init, "bf16": has_bf16(device)}  # it decides the optimizers
+    paths = (os.path.join(args.out, name) for name in (CHECKPOINTS[stage], f"stage{stage}.png"))
+    return Plan(stage, CONFIGS[args.preset], device, steps, batch_size, micro_batch, lr, mix, settings,
+                args.out, *paths)
 
 
 @functools.cache  # each stage of a command asks
@@ -335,8 +366,9 @@ def load_sources(sources, backgrounds, out):
 
 
 def make_datasets(plan, args):
-    """-> what the stage learns from; task -> held-out samples of it"""
+    """-> what the stage learns from; task -> held-out samples of it. Notes in plan.settings what there is."""
     subjects, backgrounds = load_sources(args.data, args.backgrounds, args.out)
+    plan.settings.update(held_out=checksum_held_out(subjects), n_images=len(subjects))
     size, mix = plan.config.image_size, plan.mix
     if plan.stage == 0 and not subjects.table["has_cutout"].any():
         mix = {"text-to-image": 1.0}
@@ -385,14 +417,12 @@ def known_text(subjects, backgrounds):
 
 def start_run(plan, known):
     """Weights and optimizers as this stage's last run left them (BadInput if its settings were others), or
-    else the weights of the stage before. All else, samples and random numbers, follows from the step."""
+    else the weights to start from. All else, samples and random numbers, follows from the step."""
     torch.manual_seed(plan.settings["seed"])
     tokenizer = Tokenizer(plan.config).to(plan.device).requires_grad_(plan.stage == 0)
     model = Mentor(plan.config).to(plan.device) if plan.stage else tokenizer
-    resumed = load_stage(plan.path, plan.config, plan.stage) if os.path.exists(plan.path) else None
-    if resumed:
-        check_settings(plan, resumed["settings"])
-    optimizers = make_optimizers(model, plan.settings["bf16"], fused=plan.device.type == "cuda")
+    resumed = load_begun(plan)
+    optimizers = make_optimizers(model, plan.settings["bf16"])
     run = Run(plan, model, tokenizer, optimizers, known)
     if resumed:
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
@@ -400,12 +430,15 @@ def start_run(plan, known):
         run.step, run.seconds = resumed["step"], resumed["seconds"]
     elif plan.stage == 0:
         return run
-    weights = resumed or load_previous(plan)
-    tokenizer.load_state_dict(weights["tokenizer"])
+    weights, path = (resumed, plan.path) if resumed else load_first(plan)
+    has_model = weights["stage"] > 0
+    load_weights(weights, path, tokenizer, model if has_model else None)
     if plan.stage:
         model.codebooks.copy_(tokenizer.codebooks)
-    if weights["stage"] > 0:
-        model.load_state_dict(weights["model"])
+    if has_model:  # its captions taught it words, too
+        earlier, words = weights["known"], {*known["words"].split(), *weights["known"]["words"].split()}
+        backgrounds = dict.fromkeys([*known["backgrounds"], *earlier["backgrounds"]])
+        run.known = {"words": " ".join(sorted(words)), "backgrounds": list(backgrounds)}
     return run
 
 
@@ -424,10 +457,10 @@ def compare_held_out(plan, settings, path):
 def check_settings(plan, settings):
     """Raises BadInput if a run was begun with other settings. What --data holds may have changed, and so may
     bf16, whose optimizers stay."""
-    for name, value in settings.items():
+    for name, value in {"init": None, **settings}.items():  # (older checkpoints have no init)
         if plan.settings[name] != value and name not in ("bf16", "held_out", "n_images"):
-            raise BadInput(f"{plan.path} was trained with {name} {value}, not {plan.settings[name]}: "
-                           "give the same, or another --out")
+            was, now = (f"no {name}" if x is None else f"{name} {x}" for x in (value, plan.settings[name]))
+            raise BadInput(f"{plan.path} was trained with {was}, not {now}: give the same, or another --out")
     compare_held_out(plan, settings, plan.path)
     if settings.get("n_images", plan.settings["n_images"]) != plan.settings["n_images"]:
         say(f"{plan.path} was begun with {settings['n_images']} images; now there are "
@@ -437,26 +470,57 @@ def check_settings(plan, settings):
         say(f"{plan.path} was begun on another kind of machine (bf16): its last bits will differ")
 
 
-def load_previous(plan):
-    """The checkpoint of the stage before. Raises BadInput if there is none."""
-    path = os.path.join(plan.out, CHECKPOINTS[plan.stage - 1])
+def load_begun(plan):
+    """The checkpoint of a run of this stage in --out, or None. Raises BadInput if it was begun otherwise."""
+    if not os.path.exists(plan.path):
+        return None
+    checkpoint = load_stage(plan.path, plan.config, plan.stage)
+    check_settings(plan, checkpoint["settings"])
+    return checkpoint
+
+
+def load_first(plan):
+    """The checkpoint to start from, --init or that of the stage before, and its path. Raises BadInput if
+    there is none."""
+    init, path = plan.settings["init"], os.path.join(plan.out, CHECKPOINTS[plan.stage - 1])
+    if init:
+        checkpoint = load_fitting(init, plan.config, "another --init")
+        if checkpoint["stage"] == 0:
+            raise BadInput(f"--init {init} holds the tokenizer alone: give a stage1.pt, a stage2.pt or an "
+                           "exported model")
+        return checkpoint, init
     if not os.path.exists(path):
-        raise BadInput(f"{path} is missing: stage {plan.stage} starts from it "
-                       f"(python train.py --stage {plan.stage - 1} --out {plan.out})")
+        raise BadInput(f"{path} is missing: stage {plan.stage} starts from it (python train.py --stage "
+                       f"{plan.stage - 1} --out {plan.out}), or from a trained model (--init FILE)")
     checkpoint = load_stage(path, plan.config, plan.stage - 1)
     compare_held_out(plan, checkpoint["settings"], path)
     if checkpoint["step"] < checkpoint["settings"]["steps"]:
         say(f"{path} is not finished (step {checkpoint['step']}): starting from it all the same")
+    return checkpoint, path
+
+
+def load_fitting(path, config, remedy):
+    """A checkpoint of this configuration. Raises BadInput."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint["config"] != dataclasses.asdict(config):
+        preset = preset_of(checkpoint) or "none of this program's"
+        raise BadInput(f"{path} is of another preset ({preset}): give its --preset, or {remedy}")
     return checkpoint
 
 
+def preset_of(checkpoint):
+    known = (name for name, config in CONFIGS.items() if dataclasses.asdict(config) == checkpoint["config"])
+    return next(known, None)
+
+
 def load_stage(path, config, stage):
-    """A checkpoint of this preset and stage, else BadInput."""
-    checkpoint = load_checkpoint(path)
-    if checkpoint["config"] != dataclasses.asdict(config) or checkpoint["stage"] != stage:
-        raise BadInput(f"{path} is of another preset or stage: give its --preset, or another --out")
+    """A checkpoint that training can resume, of this configuration and stage. Raises BadInput."""
+    checkpoint = load_fitting(path, config, "another --out")
+    if checkpoint["stage"] != stage:
+        raise BadInput(f"{path} is of stage {checkpoint['stage']}, not {stage}: give another --out")
     if "optimizers" not in checkpoint:
-        raise BadInput(f"{path} is an exported model, without what training needs: give another --out")
+        raise BadInput(f"{path} is an exported model, without what training needs: give another --out, and "
+                       f"--init {path} to start from it")
     return checkpoint
 
 
@@ -537,11 +601,15 @@ def train(stage, args, device):
     """Trains one stage to its end, or resumes it; returns at once if it is finished."""
     plan = make_plan(stage, args, device)
     dataset, held_out = make_datasets(plan, args)
-    plan.settings.update(held_out=checksum_held_out(dataset.subjects), n_images=len(dataset.subjects))
     run = start_run(plan, known_text(dataset.subjects, dataset.backgrounds))
+    try:
+        os.makedirs(plan.out, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{plan.out}: no such folder, and none can be made ({error.strerror})") from error
     net = parallel(run.model, device, args.compile and stage > 0)
     loader = make_loader(plan, dataset, run.step, args.workers)
-    n_looks = 10 if device.type == "cpu" and plan.steps > 500 else 3  # evaluations (each costs fast steps)
+    # Evaluations, each of which costs fast steps. Fine-tuning has one more, before its first step.
+    n_looks = 1 if args.init else 10 if device.type == "cpu" and plan.steps > 500 else 3
 
     def due(every):
         return run.step % max(1, every) == 0 or run.step == plan.steps
@@ -550,6 +618,8 @@ def train(stage, args, device):
         return say(f"{plan.path} is already finished: delete it to train it again, or give another --out")
     if run.step > 0:
         say(f"stage {stage}: resuming at step {run.step} of {plan.steps}")
+    if run.step == 0 and args.init:
+        evaluate(run, held_out)
     saved, started = run.step, time.time() - run.seconds
     timed, timed_step = time.time(), run.step  # where the rate of the next log line is counted from
     bar = tqdm(loader, f"stage {stage}", plan.steps, initial=run.step, disable=RANK > 0, mininterval=1)
@@ -581,7 +651,8 @@ def train(stage, args, device):
         bar.close()
         say(f"stopped: {kept if saved else 'nothing is saved yet'}")
         sys.exit(130)
-    say(f"stage {stage} is finished: {plan.path}, and what it draws: {plan.sheet}")
+    earlier = f" (before: {before(plan.sheet)})" if args.init else ""
+    say(f"stage {stage} is finished: {plan.path}, and what it draws: {plan.sheet}{earlier}")
 
 
 def show(stage, args, device):
@@ -626,12 +697,15 @@ def parse_args():
     parser.add_argument("--stage", type=int, choices=(0, 1, 2),
                         help="0 tokenizer, 1 alignment, 2 instruction")
     parser.add_argument("--preset", choices=CONFIGS,
-                        help="model, image size and schedule (default: gpu with CUDA, else cpu)")
+                        help="model, image size, schedule (default: that of --init; gpu with CUDA, else cpu)")
     parser.add_argument("--data", help="emoji, shapes or folders, with commas (default: emoji, else shapes)")
     parser.add_argument("--backgrounds", metavar="DIR",
                         help="photographs to place subjects on, named by a .txt beside, file or folder")
     parser.add_argument("--mix", type=parse_mix, metavar="TASK=SHARE,...", help="tasks of stage 1 or 2")
-    parser.add_argument("--steps", type=at_least(1), help="of this stage (default: the preset's)")
+    parser.add_argument("--init", metavar="FILE",
+                        help="fine-tune: start from this model, of stage 1 or 2 or exported")
+    parser.add_argument("--steps", type=at_least(1),
+                        help=f"of this stage (default: the preset's; with --init {FINE_TUNING['steps']})")
     parser.add_argument("--batch-size", type=at_least(1), help="samples per step (default: the preset's)")
     parser.add_argument("--workers", type=at_least(0), default=8 if has_cuda else 1,
                         help="processes that compose samples (default: %(default)s)")
@@ -643,6 +717,8 @@ def parse_args():
     parser.add_argument("--show", action="store_true", help="a sheet of what this run would learn from")
     parser.add_argument("--export", metavar="FILE", help="write stage 2 of --out to a new FILE, in fp16")
     args = parser.parse_args()
+    if args.init and not args.preset:
+        args.preset = preset_of(load_checkpoint(args.init))
     args.preset = args.preset or ("gpu" if args.device == "cuda" else "cpu")
     return args
 
@@ -659,15 +735,16 @@ def main():
         torch.cuda.set_device(device)
     if WORLD > 1:  # (two hours: the first process may look through a million images)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{args.out}: no such folder, and none can be made ({error.strerror})") from error
     if args.show:
         return show(args.stage, args, device)
     args.compile = args.compile and args.preset != "test" and args.stage > 0 and can_compile(device)
-    if args.stage == 1:
-        make_datasets(make_plan(1, args, device), args)  # what is wrong is said now, not after the tokenizer
+    if args.init and args.stage == 0:
+        raise BadInput("--init: stage 0 trains a tokenizer from nothing: give --stage 1 or 2, which keep the "
+                       "tokenizer of --init")
+    if args.stage == 1 and not args.init:
+        plan = make_plan(1, args, device)
+        make_datasets(plan, args)  # what is wrong is said now, not after the tokenizer
+        load_begun(plan)
         path = os.path.join(args.out, CHECKPOINTS[0])
         begun = load_stage(path, CONFIGS[args.preset], 0) if os.path.exists(path) else None
         if begun is None or begun["step"] < begun["settings"]["steps"]:

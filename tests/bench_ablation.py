@@ -73,6 +73,7 @@ def take_tokenizer(checkpoint, path):
         step=1,
         settings={"steps": 1},
         config=checkpoint["config"],
+        known=checkpoint["known"],
         model=weights,
         tokenizer=weights,
         optimizers=[],

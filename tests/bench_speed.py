@@ -26,8 +26,8 @@ from data import TASKS, fill_prompt
 from mentor import CONFIGS, Mentor, generate, has_bf16
 from sample import Parser, add_device_flag, run_script
 from tokenizer import Tokenizer
-from train import (MIXES, SCHEDULES, Run, can_compile, collate, fill_codes, make_optimizers, make_plan,
-                   parallel, train_step)
+from train import (MIXES, Run, can_compile, collate, fill_codes, make_optimizers, make_plan, parallel,
+                   train_step)
 
 # Of dense bf16 matrices, a second, by the makers' data sheets; a multiply-add counts as two.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -40,12 +40,12 @@ def peak_flops(device):
 
 def share_of_peak(model, lengths, seconds):
     """What share of the hardware's peak training a transformer (mentor.Mentor) was, on sequences of these
-    lengths (a list of (B,)) in as many seconds; None where the peak is not known. Counted are 6 operations a
+    lengths (a list) in as many seconds; None where the peak is not known. Counted are 6 operations a
     weight and token, and 6 n_embd a layer and pair of tokens."""
     peak = peak_flops(model.head_gain.device)
     if peak is None:
         return None
-    lengths, config = torch.cat(lengths).double(), model.config
+    lengths, config = torch.tensor(lengths).double(), model.config
     n_weights = sum(parameter.numel() for parameter in model.blocks.parameters())
     pairs = config.n_layer * config.n_embd * lengths.pow(2).sum().item()
     return 6 * (n_weights * lengths.sum().item() + pairs) / seconds / peak
@@ -97,7 +97,10 @@ def main():
     add_device_flag(parser)
     args = parser.parse_args()
     config, device = CONFIGS[args.preset], torch.device(args.device)
-    size = SCHEDULES[args.preset]["micro_batch"]
+    flags = argparse.Namespace(preset=args.preset, batch_size=None, steps=None, mix=None, data=None,
+                               backgrounds=None, seed=0, out="", init=None)
+    plan = make_plan(2, flags, device)
+    size = plan.micro_batch
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -122,30 +125,19 @@ def main():
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     row("parameters of the transformer", f"{n_parameters / 1e6:.1f} million")
     dataset = data.TaskDataset(data.load_subjects(), MIXES[2], config.image_size, (0,))
-    batch = collate(
-        config, size, sorted((dataset[i] for i in range(4 * size)), key=lambda s: len(s.references))
-    )[-1]
+    batch, = collate(config, size, [dataset[i] for i in range(size)])
     seconds = fastest(lambda: fill_codes(tokenizer, batch, device), device)
     row(f"encode {len(batch.pictures)} pictures", f"{1000 * seconds:.1f} ms")
 
-    flags = argparse.Namespace(
-        preset=args.preset, batch_size=size, steps=None, mix=None, data=None, backgrounds=None, seed=0, out=""
-    )
-    run = Run(
-        make_plan(2, flags, device),
-        model,
-        tokenizer,
-        make_optimizers(model, has_bf16(device), fused=device.type == "cuda"),
-        known={},
-    )
-    shape = " x ".join(map(str, batch.tokens.shape[:2]))
+    run = Run(plan, model, tokenizer, make_optimizers(model, has_bf16(device)), known={})
+    shape = f"{size} samples, {len(batch.tokens):,} tokens"
     for compiled in (False, True)[: 1 + can_compile(device)]:
         net = parallel(model, device, compiled)
         seconds = fastest(lambda: train_step(run, net, [batch], 1e-5), device)
-        share = share_of_peak(model, [batch.lengths], seconds)
+        share = share_of_peak(model, batch.lengths, seconds)
         words = "" if share is None else f", {share:.0%} of {peak_flops(device) / 1e12:.0f} TFLOP/s"
         row(
-            f"training step on {shape} tokens, {'compiled' if compiled else 'eager'}",
+            f"training step on {shape}, {'compiled' if compiled else 'eager'}",
             f"{1000 * seconds:.0f} ms{words}",
         )
 

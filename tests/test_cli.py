@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TOY, noisy_model
-from PIL import Image
+from PIL import Image, ImageColor
 
 import sample
 import train
@@ -128,7 +128,7 @@ def test_a_cutout_is_shown_as_training_shows_it_wherever_it_stands_in_its_file(t
         sheet.save(tmp_path / name)
     files = [(str(tmp_path / name), "star") for name in ("a.png", "b.png")]
     a, b = sample.open_references(files, "multi-image", noisy_model(), None)
-    shown = compose(star.crop(star.getbbox()), Image.new("RGB", (32, 32), "white"), AS_GIVEN)[0]
+    shown = compose(star.crop(star.getbbox()), Image.new("RGB", (32, 32), (128, 128, 128)), AS_GIVEN)[0]
     assert np.array_equal(a, b) and np.abs(a.astype(int) - np.asarray(shown)).max() < 40
 
 
@@ -179,9 +179,29 @@ def test_several_pictures_as_a_grid_or_one_file_each(trained, tmp_path, monkeypa
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "each" / "5.png").read_bytes()
 
 
-def test_the_preset_follows_from_the_device(monkeypatch):
+def test_a_plot_shows_each_line_where_its_numbers_say(tmp_path):
+    lines = {"rises": [(0, 1.0), (100, 3.0)], "stays": [(0, 2.0, 0.5), (100, 2.0, 0.5)]}
+    sample.save_plot([("left", "samples", lines), ("right", "samples", {}), ("flat", "x", {"one": [(5, 7)]})],
+                     tmp_path / "plot.png")
+    image = np.asarray(Image.open(tmp_path / "plot.png")).astype(int)
+    assert image.shape[1] == 3 * 640
+    assert sample.ticks([1.0, 3.0]) == [1, 1.5, 2, 2.5, 3]
+    assert sample.ticks([0, 100]) == [0, 20, 40, 60, 80, 100]
+    assert sample.ticks([7, 7])[0] <= 7 < sample.ticks([7, 7])[-1]
+    where = {}
+    for name, colour in zip(lines, sample.PLOT_COLOURS):
+        same = (image == ImageColor.getrgb(colour)).all(2)[:, :460]  # without the names
+        where[name] = [np.flatnonzero(same[:, x]) for x in (60, 260, 459)]
+    bottom, middle, top = (rows.mean() for rows in where["rises"])
+    assert bottom > middle > top and abs(middle - (bottom + top) / 2) < 2
+    assert abs(where["stays"][1].mean() - middle) < 2 and np.ptp(where["stays"][0]) > (bottom - top) / 2 - 6
+
+
+def test_the_preset_follows_from_the_device_or_the_model(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for given, preset in (((), "gpu"), (("--device", "cpu"), "cpu"), (("--preset", "test"), "test")):
+    shipped = str(ROOT / "weights" / "cpu.pt")
+    for given, preset in (((), "gpu"), (("--device", "cpu"), "cpu"), (("--preset", "test"), "test"),
+                          (("--init", shipped), "cpu"), (("--init", shipped, "--preset", "gpu"), "gpu")):
         monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "1", *given])
         assert train.parse_args().preset == preset
 
@@ -262,7 +282,7 @@ def test_several_references_are_framed_in_one_drawing(tmp_path, monkeypatch):
     shown = sample.open_references(files, "multi-image", noisy_model(), None)
     assert calls == [[fill_prompt("segmentation", [label]) for _, label in files if label != "star"]]
     assert [picture[0, 0].argmax() for picture in shown[:1] + shown[2:]] == [0, 1, 2]
-    assert shown[1][0, 0].tolist() == [255] * 3
+    assert shown[1][0, 0].tolist() == [128] * 3
 
 
 # -- bad input: the last line says what is wrong, exit code 2, nothing overwritten
@@ -350,7 +370,12 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (40, 40)).save(tmp_path / "plain" / "a.png")
     for name in ("stage1.pt", "stage2.pt", "tokenizer.pt"):
         (tmp_path / name).write_bytes((trained / name).read_bytes()[:20_000])
+    odd = torch.load(trained / "stage2.pt", weights_only=True)
+    torch.save(odd | {"version": 1}, tmp_path / "old.pt")
+    del odd["model"]["head_gain"]
+    torch.save(odd, tmp_path / "lacking.pt")
     out, toy = ("--out", tmp_path / "new"), ("--stage", 1, *TOY)
+    init = ("--stage", 2, *TOY, *out, "--init")
     for args, words in [
         (("--stage", 2, *TOY, *out), "stage1.pt is missing"),
         ((*out,), "--stage"),
@@ -369,9 +394,19 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
         ((*toy, *out, "--data", tmp_path / "unusable"), "not one usable image"),
         ((*toy, "--out", trained, "--seed", "1"), "was trained with seed 0"),
         (("--stage", 1, "--preset", "cpu", "--data", "shapes", "--out", trained), "of another preset"),
-        ((*toy, "--out", tmp_path), "tokenizer.pt: not a checkpoint"),
-        ((*toy, *out, "--batch-size", "17"), "give a multiple of 16"),
+        ((*toy, "--out", tmp_path), "stage1.pt: not a checkpoint"),
         (("--export", tmp_path / "x.pt", *out), "stage2.pt is missing: train stage 2 first"),
+        ((*init, tmp_path / "none.pt"), "none.pt: no such file"),
+        ((*init, tmp_path / "stage2.pt"), "stage2.pt: not a checkpoint of this program, or damaged"),
+        ((*init, tmp_path / "old.pt"), "old.pt: written by another version"),
+        ((*init, tmp_path / "lacking.pt"), "lacking.pt: its weights do not fit"),
+        ((*init, trained / "tokenizer.pt"), "tokenizer.pt holds the tokenizer alone"),
+        ((*init, ROOT / "weights" / "cpu.pt"), "cpu.pt is of another preset (cpu): give its --preset"),
+        (("--stage", 0, *TOY, *out, "--init", trained / "stage2.pt"), "give --stage 1 or 2"),
+        (
+            ("--stage", 2, *TOY, "--out", trained, "--init", trained / "stage2.pt"),
+            "was trained with no init, not init",
+        ),
         (
             ("--stage", 1, "--preset", "test", "--data", tmp_path, "--out", tmp_path / "inside"),
             "would be trained on",
@@ -382,7 +417,8 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
     ]:
         code, err, _ = call(monkeypatch, capsys, train.main, *args)
         assert code == 2 and words in err[-1] and not any("Traceback" in line for line in err), (args, err)
-    assert not (tmp_path / "x.pt").exists() and (tmp_path / "stage1.pt").stat().st_size == 20_000
+    assert not (tmp_path / "x.pt").exists() and not (tmp_path / "new").exists()
+    assert (tmp_path / "stage1.pt").stat().st_size == 20_000
 
 
 def test_show_writes_a_sheet_of_what_a_run_would_learn_from(tmp_path, monkeypatch, capsys):

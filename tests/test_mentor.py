@@ -13,9 +13,9 @@ from conftest import noisy_model
 import data
 import mentor
 from data import TASKS, fill_prompt
-from mentor import (BOI, BOS, CODES, CONFIGS, EOI, PATCH, POSITION, WORD_IDS, BadInput, Mentor,
+from mentor import (BOI, BOS, CODES, CONFIGS, EOI, PATCH, POSITION, WORD_IDS, BadInput, Mentor, Packing,
                     build_sequence, choose_codes, copy_patches, generate, guidance_branches, hide_condition,
-                    pad_sequences, rotary_table, word_ids, words_of)
+                    pack_sequences, rotary_table, word_ids, words_of)
 from sample import draw, load_checkpoint
 from tokenizer import Tokenizer
 from train import MIXES, collate, fill_codes
@@ -44,9 +44,9 @@ def random_reference(seed=0, n_codebooks=CONFIG.n_codebooks, copies=1):
 
 def outputs(model, pieces, references=(), target=None):
     """The last block's output at every token (T, n_embd)"""
-    tokens = build_sequence(model.config, pieces, references, AS_IT_IS, target)[None]
-    x = model.embed(tokens, model.code_table())
-    return model.run_blocks(x, rotary_table(tokens[..., POSITION], model.config))[0]
+    tokens = build_sequence(model.config, pieces, references, AS_IT_IS, target)
+    x, seen = model.embed(tokens, model.code_table()), Packing([len(tokens)], torch.arange(len(tokens)))
+    return model.run_blocks(x, rotary_table(tokens[:, POSITION], model.config), [seen] * CONFIG.n_layer)
 
 
 def prefix_logits(model, pieces, references=()):
@@ -187,7 +187,7 @@ def test_hidden_conditions_are_the_branches_that_guidance_compares():
 
 def test_rotary_table_is_the_identity_at_position_zero():
     cos, sin = rotary_table(torch.zeros(1, 3, 3, dtype=torch.long), CONFIG)
-    assert torch.all(cos == 1) and torch.all(sin == 0) and cos.shape == (1, 1, 3, 32)
+    assert torch.all(cos == 1) and torch.all(sin == 0) and cos.shape == (1, 3, 1, 32)
 
 
 def test_rotary_table_turns_with_each_of_the_three_axes():
@@ -269,14 +269,22 @@ def test_decoding_step_by_step_equals_the_full_forward_at_every_patch(n_codebook
         assert torch.allclose(torch.stack(steps)[:, i, 0], full[length:], atol=1e-3)
 
 
-def test_right_padding_changes_nothing(model):
+def test_padding_on_the_right_changes_nothing():
+    """Of devices that pad packed sequences, here on the CPU, beside the CPU's own way."""
+    lengths, q = [3, 5, 1], torch.randn(3, 9, 2, 16)
+    slots = torch.tensor([0, 1, 2, 5, 6, 7, 8, 9, 10])
+    on_cpu = mentor.attend_within(*q, Packing(lengths, slots))
+    assert torch.allclose(mentor.attend_padded(*q, Packing(lengths, slots)), on_cpu, atol=1e-6)
+
+
+def test_packed_sequences_do_not_see_each_other(model):
     sequences = [
         build_sequence(CONFIG, ["a cat"], [], AS_IT_IS, random_codes(1)),
         build_sequence(CONFIG, ["The cat in ", "."], [random_reference(3)], AS_IT_IS, random_codes(2)),
     ]
     target = torch.stack([random_codes(1), random_codes(2)])
-    together = model(*pad_sequences(sequences, multiple=32), target)
-    alone = torch.cat([model(*pad_sequences([s]), t[None]) for s, t in zip(sequences, target)])
+    together = model(*pack_sequences(sequences), target)
+    alone = torch.cat([model(*pack_sequences([s]), t[None]) for s, t in zip(sequences, target)])
     assert torch.allclose(together, alone, atol=1e-5)
 
 
@@ -291,7 +299,7 @@ def test_loss_is_the_cross_entropy_of_the_pictures_codes_alone(n_codebooks):
             logits = code_logits(model, x, target[:, :level])
             wanted.append(F.cross_entropy(logits, target[:, level], reduction="none"))
         sequence = build_sequence(model.config, pieces, references, AS_IT_IS, target)
-        nats = model(*pad_sequences([sequence]), target[None])[0]
+        nats = model(*pack_sequences([sequence]), target[None])[0]
         assert torch.allclose(nats, torch.stack(wanted, -1), atol=1e-4)
 
 
@@ -389,11 +397,7 @@ def test_drawing_leaves_the_model_as_it_was(model, monkeypatch, bf16):
     assert copied.blocks[0].mlp.fc.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
     assert copied.blocks[0].attention.gain.dtype == copied.code_embedding.dtype == torch.float32
     with torch.no_grad():
-        tokens = build_sequence(CONFIG, ["a cat"], [], AS_IT_IS)[None]
-        first = []
-        for version in (model, copied):
-            x = version.embed(tokens, version.code_table())
-            first.append(version.run_blocks(x, rotary_table(tokens[..., POSITION], CONFIG))[0, -1])
+        first = [outputs(version, ["a cat"])[-1] for version in (model, copied)]
     assert F.cosine_similarity(*first, 0) > (0.99 if bf16 else 1 - 1e-6)
     assert generate(model, [(["a cat"], [])], AS_IT_IS).shape == (1, N, CONFIG.n_codebooks)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -407,8 +411,8 @@ def test_training_step_and_drawing_step_on_the_meta_device():
     """Meta tensors refuse to meet a CPU tensor, and to say a number: what passes here leaves no tensor behind
     on another device, and waits for none."""
     model = Mentor(CONFIG).to("meta")
-    sequence = pad_sequences([build_sequence(CONFIG, ["a"], [], AS_IT_IS, random_codes())])
-    model(*(x.to("meta") for x in sequence), random_codes()[None].to("meta")).mean().backward()
+    tokens, lengths = pack_sequences([build_sequence(CONFIG, ["a"], [], AS_IT_IS, random_codes())])
+    model(tokens.to("meta"), lengths, random_codes()[None].to("meta")).mean().backward()
     assert all(p.grad.device.type == "meta" for p in model.parameters())
     prompt = (["The dog in ", "."], [random_reference()])
     codes = generate(model, [prompt], AS_IT_IS, 3, 0, (0.6, 0, 0.1), 3.0, 2.0)
@@ -416,7 +420,7 @@ def test_training_step_and_drawing_step_on_the_meta_device():
 
 
 def test_compiled_blocks_equal_eager_ones(model):
-    sequences = pad_sequences([build_sequence(CONFIG, ["a cat"], [], AS_IT_IS, random_codes())])
+    sequences = pack_sequences([build_sequence(CONFIG, ["a cat"], [], AS_IT_IS, random_codes())])
     losses = [model(*sequences, random_codes()[None])]
     for block in model.blocks:
         block.compile(dynamic=False)

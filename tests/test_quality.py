@@ -179,7 +179,7 @@ def test_the_right_operation_explains_its_own_answer(held_out):
 
 
 def test_share_of_peak_counts_the_work_of_a_transformer(monkeypatch):
-    model, lengths = Mentor(CONFIGS["test"]), [torch.tensor([100, 50])]
+    model, lengths = Mentor(CONFIGS["test"]), [100, 50]
     assert bench_speed.share_of_peak(model, lengths, 2.0) is None  # nobody knows a CPU's
     monkeypatch.setattr(bench_speed, "peak_flops", lambda device: 1e9)
     weights = 2 * (4 * 64 * 64 + 8 * 64 * 64)  # two layers: attention and MLP; their gains hardly count

@@ -201,7 +201,7 @@ def test_one_photograph_does_not_keep_scenes_from_the_tokenizer(tmp_path):
         picture(tmp_path / folder / "photo.jpg")
     for folder, mix in (("mine", train.MIXES[0]), ("plain", {"text-to-image": 1.0})):
         flags = argparse.Namespace(data=str(tmp_path / folder), backgrounds=None, out=str(tmp_path), seed=0,
-                                   preset="test", batch_size=None, steps=None, mix=None)
+                                   preset="test", batch_size=None, steps=None, mix=None, init=None)
         plan = train.make_plan(0, flags, torch.device("cpu"))
         dataset = train.make_datasets(plan, flags)[0]
         assert dataset.mix == mix

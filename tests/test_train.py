@@ -82,10 +82,10 @@ def test_workers_lay_out_what_the_device_fills_with_codes():
     wanted, found = [by_itself(s) for s in samples], []
     for batch in train.collate(CONFIG, 4, samples):
         tokens, lengths, targets = train.fill_codes(toy, batch, CPU)
-        tokens[..., CODES] *= tokens[..., :1] == PATCH  # what stands beside a word is never looked at
-        found += [(row[:n], target) for row, n, target in zip(tokens, lengths, targets)]
-    for tokens, target in wanted:
-        assert any(torch.equal(tokens, row) and torch.equal(target, t) for row, t in found)
+        tokens[:, CODES] *= tokens[:, :1] == PATCH  # what stands beside a word is never looked at
+        found += zip(tokens.split(lengths), targets)
+    for (tokens, target), (laid_out, codes) in zip(wanted, found, strict=True):
+        assert torch.equal(tokens, laid_out) and torch.equal(target, codes)
 
 
 def test_a_patch_weighs_the_more_the_more_of_the_subject_it_holds():
@@ -140,7 +140,7 @@ def test_a_reference_at_two_thirds_is_shrunk_towards_the_middle_and_its_edges_go
 def test_accumulation_over_micro_batches_equals_one_batch(model):
     whole, parts = toy_batches(16, 16), toy_batches(16, 4)
     assert len(whole) == 1 and len(parts) == 4
-    assert parts[0].tokens.shape[1] < parts[-1].tokens.shape[1]  # sorted by length: short ones are short
+    assert len(whole[0].tokens) == sum(whole[0].lengths)  # no padding
     for a, b in zip(gradients(model, whole), gradients(model, parts)):
         assert torch.allclose(a, b, atol=1e-5)
 
@@ -155,14 +155,14 @@ def test_schedule_warms_up_to_the_peak_and_the_last_step_still_learns():
 @pytest.mark.parametrize("bf16", [True, False])
 def test_every_parameter_is_in_exactly_one_group(bf16):
     for model in (Mentor(CONFIG), toy_tokenizer()):
-        optimizers = train.make_optimizers(model, bf16, fused=False)
+        optimizers = train.make_optimizers(model, bf16)
         grouped = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters())
         assert len(optimizers) == 1 + bf16
 
 
 def test_muon_meets_each_projection_of_attention_alone():
-    _, muon = train.make_optimizers(Mentor(CONFIG), True, fused=False)
+    _, muon = train.make_optimizers(Mentor(CONFIG), True)
     shapes = [tuple(p.shape) for p in muon.param_groups[0]["params"]]
     assert shapes.count((64, 64)) == 2 * 4 and (192, 64) not in shapes  # q, k, v and proj of two layers
 
@@ -213,12 +213,13 @@ def test_losses_fall_and_everything_is_written(trained):
         first, *_, last = [r["held_out"] for r in records if r["stage"] == stage and "held_out" in r]
         assert last["text-to-image"] < first["text-to-image"] and last["segmentation"] < first["segmentation"]
         assert (trained / f"stage{stage}.png").stat().st_size > 10_000
+    assert (trained / "curves.png").stat().st_size > 5_000
     assert {"loss", "lr", "samples_per_second", "seconds"} <= set(next(r for r in records if "loss" in r))
     assert not list(trained.glob("*.tmp"))
 
 
 ARGS = dict(preset="test", data="shapes", backgrounds=None, steps=None, batch_size=None, seed=0, mix=None)
-ARGS |= dict(workers=0, compile=False)
+ARGS |= dict(workers=0, compile=False, init=None)
 
 
 def run_stage(stage, out, **changes):
@@ -235,6 +236,83 @@ def test_stage_2_starts_from_stage_1(trained, tmp_path, capsys):
         assert (after["model"][name] - weight).abs().max() < 0.02, name  # one step away
     assert any(not torch.equal(after["model"][name], weight) for name, weight in before["model"].items())
     assert all(torch.equal(after["tokenizer"][name], weight) for name, weight in before["tokenizer"].items())
+
+
+@pytest.fixture
+def exported(trained, tmp_path):
+    train.export(str(trained / "stage2.pt"), str(tmp_path / "exported.pt"))
+    return tmp_path / "exported.pt"
+
+
+@pytest.mark.parametrize(
+    "stage, init", [(1, "stage2.pt"), (2, "stage1.pt"), (2, "stage2.pt"), (2, "exported.pt")]
+)
+def test_fine_tuning_starts_from_any_model_of_its_preset(trained, exported, tmp_path, capsys, stage, init):
+    """It needs no stage before, takes the tokenizer along, and says what it gained."""
+    init, out = exported if init == "exported.pt" else trained / init, tmp_path / "own"
+    for name in ("red mug", "blue mug"):
+        sprite(tmp_path / "mine" / f"{name}.png")
+    after = run_stage(stage, out, steps=1, data=str(tmp_path / "mine"), init=str(init))
+    before = torch.load(init, weights_only=True)
+    away = [(after["model"][name] - weight.float()).abs().max() for name, weight in before["model"].items()]
+    assert 0 < max(away) < 0.02  # one step
+    for name, weight in before["tokenizer"].items():
+        assert torch.equal(after["tokenizer"][name], weight.float())
+    assert after["optimizers"][0]["state"][0]["step"] == 1  # fresh
+    known = after["known"]["words"].split()
+    assert "mug" in known and {*before["known"]["words"].split()} <= {*known}
+    looks = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks if "held_out" in look] == [0, 1]
+    names = {path.name for path in out.iterdir()}
+    sheets = {f"stage{stage}.png", f"stage{stage}-before.png", "curves.png"}
+    assert names == {f"stage{stage}.pt", "log.jsonl"} | sheets
+    assert f"stage{stage}-before.png" in capsys.readouterr().err
+
+
+def test_fine_tuning_has_a_schedule_of_its_own():
+    plans = [train.make_plan(2, argparse.Namespace(**ARGS | {"out": "", "init": init}), CPU)
+             for init in (None, "model.pt")]
+    assert plans[1].steps == train.FINE_TUNING["steps"] and plans[1].lr < plans[0].lr
+    plan = train.make_plan(2, argparse.Namespace(**ARGS | {"out": "", "steps": 7, "init": "model.pt"}), CPU)
+    assert plan.steps == 7
+
+
+def test_interrupted_fine_tuning_ends_with_the_same_weights(trained, tmp_path, monkeypatch):
+    how, steps = {"steps": 12, "init": str(trained / "stage2.pt"), "data": "shapes"}, []
+    undisturbed, train_step = run_stage(2, tmp_path / "a", **how), train.train_step
+
+    def broken(*args):
+        steps.append(1)
+        if len(steps) == 8:
+            raise OSError("the power went out")
+        return train_step(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(train, "train_step", broken)
+        run_stage(2, tmp_path / "b", **how)
+    resumed = run_stage(2, tmp_path / "b", **how)
+    assert all(torch.equal(undisturbed["model"][name], weight) for name, weight in resumed["model"].items())
+    with pytest.raises(BadInput, match="init"):  # a run that was begun otherwise
+        run_stage(2, tmp_path / "b", **how | {"init": None})
+
+
+def test_curves_follow_the_log_over_both_stages(tmp_path, monkeypatch):
+    """Where a run was started again, what an earlier one logged from there on is void."""
+    def look(stage, step, loss):
+        figures = {"segmentation": loss, "reference gain": loss + 1, "on the subject": [1, 2]}
+        return {"stage": stage, "step": step, "samples": 10 * step, "held_out": figures}
+
+    records = [{"stage": 0, "step": 5, "samples": 50, "held_out": {"psnr": 20}},
+               {"stage": 1, "step": 1, "loss": 9}, look(1, 3, 8), look(1, 6, 7), look(1, 9, 6),
+               look(1, 6, 5), look(2, 2, 4), look(2, 4, 3)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    drawn = []
+    monkeypatch.setattr(train, "save_plot", lambda panels, path: drawn.extend([*panels, path]))
+    train.draw_curves(str(tmp_path))
+    losses, gains, path = drawn
+    assert losses[2] == {"segmentation": [(30, 8), (60, 5), (80, 4), (100, 3)]}
+    assert gains[2] == {"reference gain": [(30, 9), (60, 6), (80, 5), (100, 4)]}
+    assert path == str(tmp_path / "curves.png")
 
 
 def test_kill_in_the_middle_then_the_same_command_gives_the_same_weights(trained, tmp_path):
