@@ -31,7 +31,7 @@ from mentor import WORD, BadInput, printable
 from tokenizer import (BACKGROUNDS, COLOURS, EMOJI, IMAGE_ENDINGS, SHAPES, code_point_label,
                        emoji_font, emoji_label, is_black_and_white, is_cutout, open_mask, open_square, over,
                        paint_background, paint_emoji, paint_shape, read_image, read_once, read_text,
-                       square_of)
+                       square_of, turn_hue)
 
 say_once = functools.cache(lambda text: print(printable(text), file=sys.stderr))
 
@@ -389,9 +389,10 @@ class Subjects:
     """All pictures of a run, a sequence of Subject. A folder may have a million, and every worker process
     needs them. As Python objects each worker would copy them, some gigabytes. So they are a few arrays, which
     forked workers share: records as lines of JSON in one array of bytes, and FIELDS of each, sorted so that
-    the pictures of a subject are neighbours. report: what was found, in words."""
-    def __init__(self, lines, table, report):
-        self.lines, self.table, self.report = lines, table, report
+    the pictures of a subject are neighbours. report: what was found, in words. starts: the index of each
+    source's first picture."""
+    def __init__(self, lines, table, report, starts=(0,)):
+        self.lines, self.table, self.report, self.starts = lines, table, report, starts
 
     def __len__(self):
         return len(self.table)
@@ -415,10 +416,11 @@ def load_subjects(sources=None):
     sources = [source for source in (sources or "emoji").split(",") if source]
     if len({Path(source).resolve().name for source in sources}) < len(sources):
         raise BadInput(f"{','.join(sources)}: two sources of one name: rename one folder")
-    rows, lines, notes = [], bytearray(), defaultdict(Counter)
+    rows, lines, notes, starts = [], bytearray(), defaultdict(Counter), []
     first = {}  # name of a subject: its id, and the label of its first picture, which decides for its views
     for source in sources:
-        before, builtin = len(rows), {"emoji": emoji_subjects, "shapes": shape_subjects}.get(source)
+        starts.append(len(rows))
+        builtin = {"emoji": emoji_subjects, "shapes": shape_subjects}.get(source)
         for subject in builtin() if builtin else folder_subjects(source, notes):
             start = len(lines)
             subject_id, label = first.setdefault(subject.name, (len(first), subject.label))
@@ -426,7 +428,7 @@ def load_subjects(sources=None):
             held_out = is_held_out(subject._replace(label=label))
             rows.append((subject_id, start, len(lines), held_out, subject.has_cutout))
             notes["labels"][f'"{subject.label}"'] += 1
-        if len(rows) == before:
+        if len(rows) == starts[-1]:
             raise BadInput(f"{source}: not one usable image in it{describe(notes, '; ')}")
     lines, table = np.frombuffer(lines, np.uint8), np.array(rows, FIELDS)
     if len(notes["labels"]) < 100:
@@ -437,7 +439,7 @@ def load_subjects(sources=None):
     report = (f"{len(table)} images, {n_cutouts} of them cut-outs; {len(first)} subjects, "
               f"{len(notes['labels'])} labels, {(views * (views - 1)).sum()} pairs of views; "
               f"{table['held_out'].sum()} held out; skipped {notes['skipped'].total()} files")
-    return Subjects(lines, table, report + describe(notes, "\n  "))
+    return Subjects(lines, table, report + describe(notes, "\n  "), starts)
 
 
 def describe(notes, separator):
@@ -517,16 +519,6 @@ def compose(cutout, background, placement):
     on_black.paste(cutout, (x, y), cutout)
     mask.paste(cutout.getchannel("A"), (x, y))
     return scene, on_black, mask
-
-
-def turn_hue(image, turn):
-    """An RGB or RGBA image with its hue turned; 256 is a full turn."""
-    hue, saturation, value = image.convert("RGB").convert("HSV").split()
-    hue = hue.point([(v + turn) % 256 for v in range(256)])
-    turned = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    if image.mode == "RGBA":
-        turned.putalpha(image.getchannel("A"))
-    return turned
 
 
 def fill_outline(cutout, other):
@@ -699,7 +691,7 @@ class TaskDataset:
         task, make = TASKS[name], getattr(self, name.replace("-", "_"))
         pool = self.cutouts if task.needs_cutout else self.all
         for _ in range(100):
-            i = pool[rng.integers(len(pool))]
+            i = self.pick(rng, pool)
             try:
                 sample = make(i, self.subjects[i], rng)
             except BadInput as error:  # a broken file: another subject takes its place
@@ -710,6 +702,12 @@ class TaskDataset:
             hide = list(shares)[rng.choice(len(shares), p=list(shares.values()))]
             return sample._replace(task=name, hide=hide)
         raise BadInput("a hundred images in a row could not be read")
+
+    def pick(self, rng, pool):
+        """An index from self.all, self.cutouts or self.plain. Sources take equal turns, however large."""
+        bounds = sorted({*np.searchsorted(pool, [*self.subjects.starts, len(self.subjects)])})
+        source = rng.integers(len(bounds) - 1)  # of those that have any
+        return pool[rng.integers(*bounds[source:source + 2])]
 
     # One method for each task: picture i, which shows `subject` -> Sample
 
@@ -783,15 +781,16 @@ class TaskDataset:
         if not self.train or not change or self.subjects.other_views(i):
             return cutout
         if rng.uniform() < 0.4:
-            other = self.subjects[self.cutouts[rng.integers(len(self.cutouts))]]
+            other = self.subjects[self.pick(rng, self.cutouts)]
             cutout = fill_outline(cutout, open_cutout(other, self.size))
         return vary(cutout, rng)
 
     def different(self, i, n, rng):
         """Picture i and up to n - 1 more cut-outs, all with different labels -> list of indices"""
         chosen = {self.subjects[i].label: i}
-        for j in rng.choice(self.cutouts, 20):  # (there may be fewer labels)
+        for _ in range(20):  # (there may be fewer labels)
             if len(chosen) < n:
+                j = self.pick(rng, self.cutouts)
                 chosen.setdefault(self.subjects[j].label, j)
         return list(chosen.values())
 
@@ -805,12 +804,12 @@ class TaskDataset:
                 return Background(image, clean_text(photograph.caption, MAX_BACKGROUND), photograph.path)
         # Few plain pictures are taken seldom: they would soon be everywhere. Their words name other things.
         if any_ground and len(self.plain) and rng.uniform() < min(0.5, len(self.plain) / 40):
-            picture = self.subjects[self.plain[rng.integers(len(self.plain))]]
+            picture = self.subjects[self.pick(rng, self.plain)]
             if picture.path not in other_than:
                 return Background(open_square(picture.path, self.size, rng), "", picture.path)
         if any_ground and rng.uniform() < 0.65:
             variant = int(rng.integers(N_GROUNDS))
-            subject = self.subjects[self.cutouts[zlib.crc32(b"%d" % variant) % len(self.cutouts)]]
+            subject = self.subjects[self.pick(np.random.default_rng(variant), self.cutouts)]
             image = paint_ground(self.size, variant, subject).transpose(int(rng.integers(7)))
             return Background(image, "", "")
         words = str(rng.choice([words for words in BACKGROUNDS if words not in other_than]))

@@ -223,7 +223,7 @@ def box_to_frame(on_black):
 
 def show_cutout(cutout, size):
     """A cut-out as a reference: framed like most references of training -> uint8 (size, size, 3)"""
-    # On mid-grey the model keeps more of the subject than on white: hard CP HARD instead of WHITE.
+    # On mid-grey the model keeps more of the subject than on white: hard CP .93 instead of .78.
     ground = Image.new("RGB", (size, size), (128, 128, 128))
     return np.asarray(compose(cutout, ground, AS_GIVEN)[0])
 

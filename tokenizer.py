@@ -275,6 +275,16 @@ def over(image, colour):
     return image.convert("RGB")
 
 
+def turn_hue(image, turn):
+    """An RGB or RGBA image with its hue turned; 256 is a full turn."""
+    hue, saturation, value = image.convert("RGB").convert("HSV").split()
+    hue = hue.point([(v + turn) % 256 for v in range(256)])
+    turned = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    if image.mode == "RGBA":
+        turned.putalpha(image.getchannel("A"))
+    return turned
+
+
 def square_of(image, size, share=1, x=0.5, y=0.5):
     """A square part of an image -> size x size. Its side is a share of the shorter side; x, y are shares of
     the space that is left."""
@@ -302,7 +312,8 @@ def open_square(path, size, rng=None):
 
 def widened(picture, margin):
     """uint8 (H, W, 3) -> an image with `margin` pixels more on each side, which repeat its edges"""
-    return Image.fromarray(np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge"))
+    rows, columns = (np.arange(-margin, n + margin).clip(0, n - 1) for n in picture.shape[:2])
+    return Image.fromarray(picture[rows][:, columns])  # (np.pad takes several times as long)
 
 
 def read_text(path):
@@ -320,11 +331,12 @@ def read_text(path):
 def reference_copies(config, copies, picture):
     """A reference, uint8 (H, W, 3) -> these copies of it: shrunk, in the middle, edges repeated. copies:
     indices into config.reference_sizes."""
-    pictures = []
-    for size in (config.reference_sizes[index] for index in copies):
-        wider = widened(picture, round(len(picture) * (1 / size - 1) / 2))  # at size 1 the picture itself
-        pictures.append(np.asarray(wider.resize(picture.shape[:2], Image.Resampling.BICUBIC)))
-    return pictures
+    def shrunk(size):
+        wider = widened(picture, round(len(picture) * (1 / size - 1) / 2))
+        return np.asarray(wider.resize(picture.shape[:2], Image.Resampling.BICUBIC))
+
+    sizes = [config.reference_sizes[index] for index in copies]
+    return [picture if size == 1 else shrunk(size) for size in sizes]
 
 
 # ---- Painted by code: emoji, shapes, backgrounds ----------------------------------------------------------

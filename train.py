@@ -661,7 +661,8 @@ def show(stage, args, device):
     plan = make_plan(stage, args, device)
     dataset, _ = make_datasets(plan, args)
     size, cells = plan.config.image_size, []
-    for i in np.random.default_rng(args.seed).permutation(dataset.cutouts)[:12]:
+    rng = np.random.default_rng(args.seed)
+    for i in list(dict.fromkeys(dataset.pick(rng, dataset.cutouts) for _ in range(50)))[:12]:
         subject, magenta = dataset.subjects[i], Image.new("RGB", (size, size), (255, 0, 255))
         try:
             scene, _, _ = compose(open_cutout(subject, size), magenta, AS_GIVEN)

@@ -4,9 +4,10 @@
     python tests/bench_finetune.py --data my_folder weights/cpu.pt own/stage2.pt
 
 A row for each model, kind of subject and kind of reference. "own": the folder's subjects, all of them, though
-training saw most: these are what fine-tuning is for. "emoji": held out from both models. "cut-out": the
+training saw most: these are what fine-tuning is for. "emoji": held out from both models. "cut out": the
 reference is shown as sample.py shows one with alpha. "any ground": it stands on one of bench_grounds.py.
-The measures are those of bench_quality.py; rivals are of the same kind.
+The measures are those of bench_quality.py; rivals are of the same kind. The sheet shows the first five cases
+of "own".
 """
 import argparse
 import sys
@@ -20,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_grounds import on_any_ground
 from bench_quality import draw_cases, judge, make_cases, print_table, summary
-from data import load_subjects, open_cutout
+from data import load_subjects
 from mentor import BadInput
-from sample import Parser, add_device_flag, at_least, load_models, run_script, save_sheet, show_cutout
+from sample import Parser, add_device_flag, at_least, load_models, run_script, save_sheet
 
 
 def make_rows(subjects, n, size, seed):
     """kind of reference -> cases with such references"""
     cases = make_cases(subjects, n, size, seed)
-    shown = [case._replace(reference=show_cutout(open_cutout(case.subject), size)) for case in cases]
-    return {"cut-out": shown, "any ground": on_any_ground(cases, size, seed)}
+    return {"cut out": [case._replace(reference=case.cutout) for case in cases],
+            "any ground": on_any_ground(cases, size, seed)}
 
 
 def main():
@@ -57,8 +58,9 @@ def main():
                 drawn = draw_cases(model, tokenizer, "subject-driven", cases, references, args.seed, None)
                 rows[f"{path}: {kind}, {shown}"] = summary(judge(drawn, cases))
                 cells = [(case.caption, [case.reference, case.target, picture])
-                         for case, picture in zip(cases[:6], drawn)]
-                sheet.append((f"{path}: {kind}, {shown}: reference, target, drawn", cells))
+                         for case, picture in zip(cases[:5], drawn)]
+                if kind == "own":
+                    sheet.append((f"{path}: reference ({shown}), target, drawn", cells))
     columns = ("CP", "hard CP", "PF", "similarity")
     print_table({name: {column: row[column] for column in columns} for name, row in rows.items()})
     save_sheet(sheet, args.output)

@@ -17,8 +17,9 @@ We composed the scenes, so the truth is known and no network has to judge. Five 
 same code: the true pictures, as they are and through the tokenizer (ceilings), their subjects' outlines
 filled with one colour, the mean (what an outline and a hue are worth), the reference handed back as it is (CP
 without PF), and the same model without the reference (PF without CP). In the references the subject is large
-and in the middle, on whole patches, as in most of training; "reference anywhere" is .5 to .9 of the canvas
-and anywhere, and framed as sample.py does. "Any ground" is one of a kind that training has not
+and in the middle, on whole patches, as in most of training, and on a painted background. "Cut out" is the
+same on grey, as sample.py shows a reference with alpha. "Reference anywhere" is .5 to .9 of the canvas and
+anywhere, and framed as sample.py does. "Any ground" is one of a kind that training has not
 (bench_grounds.py), or with --grounds a part of a photograph.
 """
 
@@ -32,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,7 +41,7 @@ import data
 from data import AS_GIVEN, BACKGROUNDS, PLACES, SIZES, compose, fill_prompt, open_cutout, paint_background
 from mentor import BadInput
 from sample import (Parser, add_device_flag, at_least, draw, frame_subjects, load_models, run_script,
-                    save_sheet, whole_file)
+                    save_plot, save_sheet, show_cutout, whole_file)
 from tokenizer import to_arrays, to_images
 from train import psnr
 
@@ -60,6 +61,7 @@ class Case(NamedTuple):
     place: str
     caption: str  # and in words
     reference: np.ndarray  # (H, W, 3): the subject large and in the middle, on another background
+    cutout: np.ndarray  # the same without one, as sample.py shows a reference with alpha
     target: np.ndarray  # what the prompt describes
     scene: np.ndarray  # the subject anywhere: to be copied, and to be cut out
     alone: np.ndarray  # the subject of that scene on black
@@ -83,7 +85,7 @@ def make_cases(subjects, n, image_size, seed):
         target = compose(sprite, some_background(here, image_size, rng), data.named_placement(size, place))[0]
         free = data.free_placement(rng)
         scene, alone, _ = compose(sprite, some_background(anywhere, image_size, rng), free)
-        pictures = map(np.asarray, (reference, target, scene, alone))
+        pictures = map(np.asarray, (reference, show_cutout(sprite, image_size), target, scene, alone))
         caption = data.write_caption(rng, [(subject.label, size, place)], here)
         cases.append(
             Case(i, subject, here, size, place, caption, *pictures, silhouette(sprite, image_size, free))
@@ -318,48 +320,19 @@ def print_table(rows):
 
 
 IMAGE_SCALES, TEXT_SCALES = (1.0, 2.0, 3.0, 5.0), (1.0, 1.5, 3.0)
-COLOURS = ((60, 90, 220), (60, 150, 60), (210, 50, 50))  # a text scale each
 
 
 def draw_curves(points, path):
     """points: (cfg_image, cfg_text) -> judged pictures. Hard CP and PF over cfg_image; a line a cfg_text,
     with bars of one standard error."""
-    image = Image.new("RGB", (1180, 460), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(17)
-    titles = ("hard CP: how often its inside is recognised", "PF: how much of the prompt holds")
-    for left, title in zip((60, 620), titles):
-        curves = {}
-        for (cfg_image, cfg_text), judged in points.items():
-            follows = (judged["background"] + judged["place"] + judged["size"]) / 3
-            values = judged["recognised inside"] if title.startswith("hard CP") else follows  # (n,)
-            error = values.std() / len(values) ** 0.5
-            curves.setdefault(cfg_text, []).append((cfg_image, values.mean(), error))
-        low = np.floor(10 * min(mean - error for curve in curves.values() for _, mean, error in curve)) / 10
-
-        def place(cfg_image, value, left=left, low=low):
-            return left + 85 * (cfg_image - 0.5), 390 - 320 * (value - low) / (1 - low)
-
-        pen.text((left, 20), title, fill="black", font=font)
-        for value in np.arange(low, 1.01, 0.1):
-            pen.line([place(0.5, value), place(5.2, value)], fill=(225, 225, 225))
-            pen.text((left - 8, place(0, value)[1]), f"{value:.1f}", fill="black", font=font, anchor="rm")
-        for cfg_image in IMAGE_SCALES:
-            pen.text((place(cfg_image, 0)[0], 400), f"{cfg_image:g}", fill="black", font=font, anchor="ma")
-        pen.text((place(3, 0)[0], 426), "--cfg-image", fill="black", font=font, anchor="ma")
-        ends = sorted((place(*curve[-1][:2])[1], cfg_text) for cfg_text, curve in curves.items())
-        for i, (_, cfg_text) in enumerate(ends):  # labels keep their distance
-            ends[i] = (max(ends[i][0], ends[i - 1][0] + 20) if i else ends[i][0], cfg_text)
-        for (cfg_text, curve), colour in zip(curves.items(), COLOURS):
-            pen.line([place(cfg_image, mean) for cfg_image, mean, _ in curve], fill=colour, width=3)
-            for cfg_image, mean, error in curve:
-                x, y = place(cfg_image, mean)
-                bar = [(x, place(0, mean - error)[1]), (x, place(0, mean + error)[1])]
-                pen.line(bar, fill=colour, width=2)
-                pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
-            height = next(height for height, text in ends if text == cfg_text)
-            pen.text((x + 12, height), f"--cfg-text {cfg_text:g}", fill=colour, font=font, anchor="lm")
-    with whole_file(path) as temporary:
-        image.save(temporary, "PNG")
+    inside, follows = {}, {}
+    for (cfg_image, cfg_text), judged in points.items():
+        parts = (judged["background"] + judged["place"] + judged["size"]) / 3
+        for lines, values in ((inside, judged["recognised inside"]), (follows, parts)):
+            point = cfg_image, values.mean(), values.std() / len(values) ** 0.5
+            lines.setdefault(f"--cfg-text {cfg_text:g}", []).append(point)
+    save_plot([("hard CP: how often its inside is recognised", "--cfg-image", inside),
+               ("PF: how much of the prompt holds", "--cfg-image", follows)], path)
 
 
 def main():
@@ -420,6 +393,7 @@ def main():
             "copy the reference": np.stack(references),
             "ignore the reference": drawn("subject-driven", None),
             "subject-driven": drawn("subject-driven", references),
+            "subject-driven, cut out": drawn("subject-driven", [case.cutout for case in cases]),
             "subject-driven, reference anywhere": drawn(
                 "subject-driven", framed(model, tokenizer, cases, scenes)
             ),
@@ -450,7 +424,8 @@ def main():
         path, sheet = args.output or "quality.png", []
         for name, pictures in shown.items():
             asked = known if "known" in name else unseen if "any ground" in name else cases
-            beside = ["scene" if name.endswith("anywhere") else "reference", "target"]
+            beside = ["cutout" if name.endswith("cut out") else "reference", "target"]
+            beside[0] = "scene" if name.endswith("anywhere") else beside[0]
             if name.startswith(("reconstruction", "segmentation")):
                 beside = ["scene"]
             beside = beside[1:] if asked is known else beside

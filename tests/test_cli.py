@@ -479,9 +479,9 @@ def test_readme_commands_run_as_written(trained, tmp_path, monkeypatch, capsys):
         paint_shape("star red blue").save(tmp_path / "my_folder" / f"{i}.png")
     paint_shape("sun red blue").save(tmp_path / "my_folder" / "owl.png")
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
-    for folder in ("out", "own"):  # the tokenizer is there already
+    for folder, name, model in (("out", "tokenizer.pt", "tokenizer.pt"), ("weights", "cpu.pt", "stage2.pt")):
         (tmp_path / folder).mkdir()
-        shutil.copy(trained / "tokenizer.pt", tmp_path / folder)
+        shutil.copy(trained / model, tmp_path / folder / name)  # the toy's, in place of the shipped model's
     monkeypatch.chdir(tmp_path)
     for line in commands:
         name, *args = shlex.split(line)[1:]

@@ -489,3 +489,26 @@ def test_whatever_pillow_raises_the_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageOps, "exif_transpose", fail)
     with pytest.raises(BadInput, match="a.png: not a readable image"):
         read_image(tmp_path / "a.png")
+
+
+def test_sources_take_equal_turns_however_large(tmp_path):
+    """Twenty pictures of one's own beside a thousand emoji are half of what training sees. What a source has
+    nothing of, as the held-out ones of so few pictures, is left to the others."""
+    for name in ("mug", "hat", "key"):
+        sprite(tmp_path / "mine" / f"{name}.png")
+    picture(tmp_path / "photographs" / "photo.jpg")
+    subjects = load_subjects(f"shapes,{tmp_path / 'mine'},{tmp_path / 'photographs'}")
+    dataset = TaskDataset(subjects, {"recovery": 1.0}, 32, (0,))
+    rng = np.random.default_rng(0)
+
+    def picked(dataset, pool):
+        names = [subjects[dataset.pick(rng, pool)].name.split("/")[0] for _ in range(600)]
+        return {name: names.count(name) / 600 for name in set(names)}
+
+    shares = picked(dataset, dataset.cutouts)
+    assert set(shares) == {"shapes", "mine"} and abs(shares["mine"] - 1 / 2) < 0.06
+    shares = picked(dataset, dataset.all)
+    assert set(shares) == {"shapes", "mine", "photographs"}
+    assert all(abs(share - 1 / 3) < 0.06 for share in shares.values())
+    held_out = TaskDataset(subjects, {"recovery": 1.0}, 32, (0,), train=False)
+    assert set(picked(held_out, held_out.cutouts)) == {"shapes"}
