@@ -6,14 +6,15 @@ their schedule (SCHEDULES), the weights that they start from (start_run), and th
     python train.py --stage 1                        the tokenizer first, unless --out has a finished one
     python train.py --stage 2                        starts from out/stage1.pt
     python train.py --stage 1 --data my_folder       your own cut-outs
-    python train.py --stage 2 --init weights/cpu.pt --data my_folder --out own    fine-tunes a trained model
+    python train.py --stage 2 --init weights/cpu.pt --data my_folder,emoji --out own    fine-tunes a model
     python train.py --stage 2 --show                 a sheet of what this run would learn from, no training
     torchrun --nproc_per_node=8 train.py --stage 1   eight GPUs; the same gradients as one, same --batch-size
     python train.py --export weights/mine.pt         the finished model, in half precision
 
 The same command resumes a run where it was saved last. In --out: tokenizer.pt, stage1.pt, stage2.pt
-(checkpoints), stage0.png, stage1.png, stage2.png (what it draws of held-out subjects), log.jsonl (a line for
-each logged step; steps that an interrupted run lost are there twice), curves.png.
+(checkpoints), stage0.png, stage1.png, stage2.png (what it draws of held-out subjects; with --init also
+stage2-before.png, what it drew before), log.jsonl (a line for each logged step; steps that an interrupted run
+lost are there twice), curves.png (held-out losses and gains).
 """
 import argparse
 import contextlib
@@ -699,7 +700,8 @@ def parse_args():
                         help="0 tokenizer, 1 alignment, 2 instruction")
     parser.add_argument("--preset", choices=CONFIGS,
                         help="model, image size, schedule (default: that of --init; gpu with CUDA, else cpu)")
-    parser.add_argument("--data", help="emoji, shapes or folders, with commas (default: emoji, else shapes)")
+    parser.add_argument("--data", help="emoji, shapes or folders, with commas: they take equal turns "
+                                       "(default: emoji, else shapes)")
     parser.add_argument("--backgrounds", metavar="DIR",
                         help="photographs to place subjects on, named by a .txt beside, file or folder")
     parser.add_argument("--mix", type=parse_mix, metavar="TASK=SHARE,...", help="tasks of stage 1 or 2")

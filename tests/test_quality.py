@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TOY, script
+from conftest import TOY, script, sprite
 
+import bench_finetune
 import bench_quality
 import bench_several
 import bench_speed
@@ -123,9 +124,26 @@ def test_bench_runs_and_repeats_itself(trained, tmp_path, monkeypatch, capsys, s
         figures.append(json.loads((tmp_path / "figures.json").read_text()))
     assert figures[0] == figures[1] and (tmp_path / "sheet.png").stat().st_size > 1000
     assert (
-        len(figures[0]) == (4 if sweep else 15 + 6 + 9 + 3) and "| CP | CP big |" in capsys.readouterr().out
+        len(figures[0]) == (4 if sweep else 16 + 6 + 9 + 3) and "| CP | CP big |" in capsys.readouterr().out
     )
     assert sweep or figures[0]["copy the reference"]["background"] == 0
+
+
+def test_what_fine_tuning_gained_and_forgot_is_one_table(trained, tmp_path, monkeypatch, capsys):
+    if emoji_font() is None:
+        pytest.skip("no colour emoji font on this machine")
+    for name, colour in (("mug", (200, 30, 30)), ("hat", (30, 30, 200))):
+        sprite(tmp_path / "mine" / f"{name}.png", colour)
+    models = [str(trained / f"stage{stage}.pt") for stage in (1, 2)]
+    sheet = tmp_path / "sheet.png"
+    command = ["bench_finetune.py", *models, "--data", str(tmp_path / "mine"), "--n", "4", "-o", str(sheet)]
+    monkeypatch.setattr(sys, "argv", command)
+    bench_finetune.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| /")]
+    rows = [line.split("|")[1].strip() for line in lines]
+    kinds = [f"{kind}, {shown}" for kind in ("own", "emoji") for shown in ("cut out", "any ground")]
+    assert rows == [f"{model}: {kind}" for model in models for kind in kinds]
+    assert sheet.stat().st_size > 1000
 
 
 def test_an_ablation_row_is_one_command(trained, tmp_path):
