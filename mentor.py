@@ -168,7 +168,7 @@ def build_sequence(config, pieces, references, copies, target=None):
 
 def pack_sequences(sequences):
     """Sequences of tokens, one behind the other: tokens (n, 5 + k), lengths (a list that sums to n). Training
-    reads them so, since padding would cost as much as what it fills up."""
+    reads them so: padding would take time and teach nothing."""
     return torch.cat(sequences), [len(sequence) for sequence in sequences]
 
 
@@ -209,7 +209,7 @@ def rotate(x, cos, sin):
 
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(head_dim) + mask) v: q (..., n_head, T, head_dim), k and v (..., n_head, S,
-    head_dim). Causal if there is no mask. (On a CPU the formula is faster than torch's kernel for it.)"""
+    head_dim). Causal if there is no mask. (On a CPU in bf16 the formula is faster than torch's kernel.)"""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     if mask is None:
@@ -294,7 +294,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, expansion=4)
 
     def forward(self, x, rotary, seen, kept=None):
-        """kept: indices of the tokens (n,) that are needed behind this block, if not all are."""
+        """kept: indices of the tokens that are needed after this block, if not all are."""
         x = x + self.attention(rms_norm(x), rotary, seen)
         x = x if kept is None else x[kept]
         return x + self.mlp(rms_norm(x))

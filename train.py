@@ -60,7 +60,7 @@ SCHEDULES = {
     "gpu": dict(steps=(50000, 60000, 60000), batch_size=(128, 256, 256), lr=(1e-3, 1e-3, 5e-4),
                 micro_batch=64),
 }
-FINE_TUNING = dict(steps=200, lr=1 / 3)  # with --init: steps by default; the stage's rates, times this
+FINE_TUNING = dict(steps=200, lr=1 / 3)  # with --init: default steps, and a factor for the stage's peak rate
 MIXES = {  # share of each task in a stage
     # Stage 0 sees every kind of picture. Each of these tasks has one reference: two pictures a sample.
     0: {"segmentation": 0.35, "recovery": 0.15, "subject-driven": 0.5},
