@@ -648,6 +648,7 @@ def train(stage, args, device):
                 saved = run.step
             timed, timed_step = time.time(), run.step
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another, which would end this message
         kept = f"{saved} of {plan.steps} steps are saved in {plan.path}, and the same command resumes there"
         bar.close()
         say(f"stopped: {kept if saved else 'nothing is saved yet'}")

@@ -366,14 +366,24 @@ def test_ctrl_c_under_torchrun_ends_with_one_line_and_no_traceback_of_ours(train
     assert error.count("steps are saved in") == 1 and 'train.py", line' not in error  # (torchrun's own is)
 
 
-def test_ctrl_c_before_the_first_save_says_so(trained, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_before_the_first_save_says_so_and_a_second_one_changes_nothing(
+        trained, tmp_path, monkeypatch, capsys):
+    """torchrun passes on the signal that each process has had already."""
     def interrupted(*args):
         raise KeyboardInterrupt
 
+    def say_when_interrupted_again(text):
+        if text.startswith("stopped"):
+            os.kill(os.getpid(), signal.SIGINT)
+        print(text, file=sys.stderr)
+
     shutil.copy(trained / "stage1.pt", tmp_path)
     monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(train, "say", say_when_interrupted_again)
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stopped:
         run_stage(2, tmp_path)
+    signal.signal(signal.SIGINT, handler)
     assert stopped.value.code == 130 and "nothing is saved yet" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "stage2.pt").exists()
 
