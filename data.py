@@ -27,11 +27,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from mentor import WORD, BadInput, printable
+from mentor import WORD, BadInput
 from tokenizer import (BACKGROUNDS, COLOURS, EMOJI, IMAGE_ENDINGS, SHAPES, code_point_label,
                        emoji_font, emoji_label, is_black_and_white, is_cutout, open_mask, open_square, over,
-                       paint_background, paint_emoji, paint_shape, read_image, read_once, read_text,
-                       square_of, turn_hue)
+                       paint_background, paint_emoji, paint_shape, printable, read_image, read_once,
+                       read_text, square_of, turn_hue)
 
 say_once = functools.cache(lambda text: print(printable(text), file=sys.stderr))
 
@@ -332,7 +332,7 @@ def folder_subjects(folder, notes):
     """A user's own pictures. Raises BadInput without a folder."""
     root = Path(folder)
     if not os.path.isdir(folder):
-        raise BadInput(f"{folder}: no such folder (give emoji, shapes or a folder of images)")
+        raise BadInput(f"{folder}: no such folder (give emoji, shapes or folders of images, with commas)")
     files = list(list_files(root, notes))
     texts = {stem_of(path): path for path in files if path.lower().endswith(TEXT_ENDINGS)}
     inside, first = os.path.join(os.path.realpath(root), ""), {}
@@ -375,7 +375,7 @@ def open_cutout(subject, size=256):
 
 
 def is_held_out(subject, by_label=True):
-    """One in ten is: by its split, or a hash of its label, or of its name (of one photograph alike)."""
+    """By its split, else one in ten: by a hash of its label, or of its name up to "#" (its photograph)."""
     one_in_ten = zlib.crc32((subject.label if by_label else subject.name.split("#")[0]).encode()) % 10 == 0
     return subject.split == "test" if subject.split else one_in_ten
 
@@ -415,7 +415,7 @@ def load_subjects(sources=None):
         sources = "shapes"
     sources = [source for source in (sources or "emoji").split(",") if source]
     if len({Path(source).resolve().name for source in sources}) < len(sources):
-        raise BadInput(f"{','.join(sources)}: two sources of one name: rename one folder")
+        raise BadInput(f"{','.join(sources)}: two sources of one name: rename one, or leave it out")
     rows, lines, notes, starts = [], bytearray(), defaultdict(Counter), []
     first = {}  # name of a subject: its id, and the label of its first picture, which decides for its views
     for source in sources:
@@ -463,7 +463,7 @@ class Placement(NamedTuple):
 
 
 def named_placement(size, place):
-    """What the words of a caption mean. Boxes are whole patches: what only moves keeps its codes."""
+    """What the words of a caption mean. Boxes are whole patches (save at 32 px): moved, they keep codes."""
     return Placement(SIZES[size], PLACES[place], 0.5 if size == "" else 0.75)
 
 
@@ -677,7 +677,8 @@ class TaskDataset:
         self.backgrounds = backgrounds
         has_cutout, wanted = subjects.table["has_cutout"], subjects.table["held_out"] != train
         if not (wanted & (has_cutout | ~has_cutout.any())).any():
-            say_once("too few subjects, none is held out: held-out figures are of training subjects")
+            say_once("every subject is held out: they are trained on all the same" if train else
+                     "too few subjects, none is held out: held-out figures are of training subjects")
             wanted = wanted | True
         self.all, self.cutouts = np.flatnonzero(wanted), np.flatnonzero(wanted & has_cutout)  # indices
         self.plain = np.flatnonzero(wanted & ~has_cutout)
@@ -737,7 +738,7 @@ class TaskDataset:
         scene = self.scene(indices, cutouts, rng, anywhere=0.7, any_ground=True)
         name, place = "thing" if asked_by == "place" else subject.label, scene.places[0]
         asked = f"{name} {place}" if asked_by in ("place", "both") else name
-        return Sample((asked,), scene.caption, [scene.picture], scene.on_black[0], scene.masks[0])
+        return Sample((asked,), "", [scene.picture], scene.on_black[0], scene.masks[0])
 
     def recovery(self, i, subject, rng):
         """The reference is the subject distorted, anywhere on another background."""
@@ -795,20 +796,21 @@ class TaskDataset:
         return list(chosen.values())
 
     def background(self, rng, other_than=(), any_ground=False):
-        """A Background, with none of these names: half of them photographs of --backgrounds, else painted.
-        any_ground, if no caption names it: also a part of a plain picture, or two in three times a ground."""
+        """A Background with none of these names: half the time a photograph of --backgrounds, if there are
+        any, else painted. any_ground, if no caption names it: also part of a plain picture, or a ground."""
         if len(self.backgrounds) and rng.uniform() < 0.5:
             photograph = self.backgrounds[rng.integers(len(self.backgrounds))]
             if photograph.path not in other_than:
                 image = open_square(photograph.path, self.size, rng if any_ground else None)
                 return Background(image, clean_text(photograph.caption, MAX_BACKGROUND), photograph.path)
-        # Few plain pictures are taken seldom: they would soon be everywhere. Their words name other things.
+        # If there are few plain pictures, take one seldom: else the same few would be behind everything.
         if any_ground and len(self.plain) and rng.uniform() < min(0.5, len(self.plain) / 40):
             picture = self.subjects[self.pick(rng, self.plain)]
             if picture.path not in other_than:
                 return Background(open_square(picture.path, self.size, rng), "", picture.path)
         if any_ground and rng.uniform() < 0.65:
             variant = int(rng.integers(N_GROUNDS))
+            # The subject follows from the variant, so that the ground is painted once. 7: flips and turns.
             subject = self.subjects[self.pick(np.random.default_rng(variant), self.cutouts)]
             image = paint_ground(self.size, variant, subject).transpose(int(rng.integers(7)))
             return Background(image, "", "")
@@ -817,8 +819,7 @@ class TaskDataset:
         return Background(ImageOps.mirror(image) if rng.uniform() < 0.5 else image, words, words)
 
     def scene(self, indices, cutouts, rng, anywhere=0.0, other_than=(), any_ground=False, mark=""):
-        """Cut-outs of these pictures -> Scene. Other arguments: see choose_placements, background and
-        write_caption."""
+        """Cut-outs of these pictures -> Scene. The rest: see choose_placements, background, write_caption."""
         chosen, on_black, masks = choose_placements(rng, len(cutouts), anywhere), [], []
         background = self.background(rng, other_than, any_ground)
         image = background.image

@@ -24,11 +24,6 @@ from torch import nn
 from tokenizer import BadInput
 
 
-def printable(text):
-    """A text from a file as a terminal may show it: without escape sequences"""
-    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
-
-
 # ---- Configuration ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -43,7 +38,8 @@ class Config:
     n_head: int = 4
     n_embd: int = 256
     block_size: int = 352       # longest sequence in tokens: words, references and picture together
-    reference_sizes: tuple = (1.0, 2 / 3)  # side of each copy of a reference, as a share of the canvas
+    # Side of each copy of a reference, as a share of the canvas: 2 / 3 makes a small subject of a big one.
+    reference_sizes: tuple = (1.0, 2 / 3)
 
     @property
     def side(self):  # patches per side of an image
@@ -76,10 +72,11 @@ def autocast(device):
 
 # ---- Words ------------------------------------------------------------------------------------------------
 # The hash of a word gives two indices into one table, whose vectors are added (the hashing trick). So every
-# word of every script has a vector. The first five indices are for tokens that are not words.
+# word of every script has a vector. The first indices are for tokens that are not words, which have theirs
+# twice: begin of sequence, begin and end of image, hidden patch, and patch, whose vector is never read.
 
-WORD_TABLE_SIZE = 4096
-BOS, BOI, EOI, HIDDEN, PATCH = range(5)  # begin of sequence, begin and end of image, hidden patch, patch
+WORD_TABLE_SIZE, N_SPECIAL = 4096, 5
+BOS, BOI, EOI, HIDDEN, PATCH = range(N_SPECIAL)
 # Marks and joiners are parts of words: the vowels of Thai, the accents of decomposed letters.
 MARKS = "\u200c\u200d" + "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
 WORD = re.compile(rf"[\w{MARKS}]+|[^\w\s{MARKS}]")  # a word or a sign
@@ -94,14 +91,15 @@ def words_of(text):
 
 def word_ids(word):
     """-> two indices into the word table, the same on every machine"""
-    hashed = zlib.crc32(word.encode(errors="surrogatepass")) % (WORD_TABLE_SIZE - 5) ** 2
-    first, second = divmod(hashed, WORD_TABLE_SIZE - 5)
-    return first + 5, second + 5
+    n = WORD_TABLE_SIZE - N_SPECIAL
+    first, second = divmod(zlib.crc32(word.encode(errors="surrogatepass")) % n ** 2, n)
+    return first + N_SPECIAL, second + N_SPECIAL
 
 
 # ---- The sequence -----------------------------------------------------------------------------------------
 
-# A token is 5 + k integers: two indices into the word table, its position, and k codes if it is a patch.
+# A token is 5 + k integers: two indices into the word table, three of position (order, row, column), and k
+# codes if it is a patch.
 WORD_IDS, POSITION, CODES = slice(0, 2), slice(2, 5), slice(5, None)
 
 
@@ -131,9 +129,9 @@ def build_sequence(config, pieces, references, copies, target=None):
         order         0    1   2  3    4    5    6     7   8  9   10  10 ... 10
         row, column  0,0  0,0  ...    0,0  its own    0,0  ...    0,0 0,1 ... 7,7
 
-    <boi> and the patches of the picture stand where the patch is that they PREDICT, the next one. So the
-    position of what draws a patch differs from that of the same patch of a reference in the order alone,
-    which makes copying easy to learn. Words have no place in an image: they stand at 0, 0."""
+    The last <boi> and the patches of the picture have the row and column of the patch that they PREDICT, the
+    next one. So the position of what draws a patch differs from that of the same patch of a reference in the
+    order alone, which makes copying easy to learn. All other tokens have no place in an image: 0, 0."""
     tokens, k = [], config.n_codebooks if target is None else target.shape[1]
 
     def add(n, ids, order, grid=0, codes=0):  # n tokens
@@ -150,6 +148,7 @@ def build_sequence(config, pieces, references, copies, target=None):
         order += len(words)
         if i < len(references):
             add(1, BOI, order)
+            # The order counts by `index`: copy 1 has the same distance from <boi> without copy 0, too.
             for index, codes in zip(copies, references[i].cpu().numpy()):
                 patches = copy_patches(config, index)
                 add(len(patches), PATCH, order + 1 + index, grid[patches], codes[patches])
@@ -188,10 +187,11 @@ def rms_norm(x):
 
 
 def rotary_table(positions, config):
-    """positions (..., 3) -> cos, sin (..., 1, head_dim), as `rotate` takes them.
+    """positions (..., 3) -> cos and (-sin, sin) for `rotate`: (..., 1, head_dim), the 1 for the heads.
     Half of the pairs turn with the order, a quarter each with row and column. Position 0 has cos 1 and sin 0,
-    the identity (a table of zeros would blind attention to the prefix, as it did in LlamaGen). Rows and
-    columns turn by half a turn per patch to some half a turn per image: copying tells neighbours apart."""
+    the identity (a table of zeros would blind attention to the prefix, as it did in LlamaGen). Of row and
+    column the fastest pair makes half a turn per patch, so that copying tells neighbours apart. The slowest
+    makes about half a turn per image."""
     head_dim, side, angles = config.n_embd // config.n_head, config.side, []
     n_order, n_grid = head_dim // 4, head_dim // 8  # pairs that turn with the order; with row or column
     for axis, (n_pairs, fastest, base) in enumerate([(n_order, 1.0, 10000)] + 2 * [(n_grid, torch.pi, side)]):
@@ -260,20 +260,20 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.gain = nn.Parameter(torch.empty(config.n_head, 1, 1))  # QK-norm fixes lengths; this sharpens
 
-    def forward(self, x, rotary, seen):
-        """What tokens see is, in training, a Packing: x (n, n_embd) -> (n, n_embd). In drawing it is a
-        KVCache, into which they write: x (B, T, n_embd) -> (B, T, n_embd)."""
+    def forward(self, x, rotary, context):
+        """context: in training a Packing, with x (n, n_embd); in drawing a KVCache, which is written to, with
+        x (B, T, n_embd). Returns the shape of x."""
         x = x.to(self.proj.weight.dtype)
         q, k, v = (F.linear(x, matrix).unflatten(-1, (self.n_head, -1)) for matrix in self.qkv)
         dtype = v.dtype  # that of the matrix products; q, k, v: (..., n_head, head_dim)
         q, k = rotate(rms_norm(q), *rotary) * self.gain.squeeze(-1), rotate(rms_norm(k), *rotary)  # in fp32
-        if isinstance(seen, Packing):
-            y = attend_within(q.to(dtype), k.to(dtype), v, seen)
+        if isinstance(context, Packing):
+            y = attend_within(q.to(dtype), k.to(dtype), v, context)
         else:
-            q, k, v = (x.transpose(1, 2).to(seen.keys.dtype) for x in (q, k, v))  # (B, n_head, T, head_dim)
-            keys = seen.keys.index_copy_(2, seen.slots, k)  # (B, n_head, S, head_dim)
-            values = seen.values.index_copy_(2, seen.slots, v)
-            y = attend(q, keys, values, seen.mask).transpose(1, 2)
+            q, k, v = (x.transpose(1, 2).to(context.keys.dtype) for x in (q, k, v))  # (B, n_head, T, ...)
+            keys = context.keys.index_copy_(2, context.slots, k)  # (B, n_head, S, head_dim)
+            values = context.values.index_copy_(2, context.slots, v)
+            y = attend(q, keys, values, context.mask).transpose(1, 2)
         return self.proj(y.flatten(-2).to(dtype))
 
 
@@ -293,9 +293,9 @@ class Block(nn.Module):
         self.attention = CausalSelfAttention(config)
         self.mlp = MLP(config, expansion=4)
 
-    def forward(self, x, rotary, seen, kept=None):
+    def forward(self, x, rotary, context, kept=None):
         """kept: indices of the tokens that are needed after this block, if not all are."""
-        x = x + self.attention(rms_norm(x), rotary, seen)
+        x = x + self.attention(rms_norm(x), rotary, context)
         x = x if kept is None else x[kept]
         return x + self.mlp(rms_norm(x))
 
@@ -345,12 +345,12 @@ class Mentor(nn.Module):
         patches = sum(F.embedding(codes, level) for codes, level in zip(tokens[..., CODES].unbind(-1), table))
         return torch.where(tokens[..., :1] == PATCH, patches, text)
 
-    def run_blocks(self, x, rotary, seen, kept=None):
-        """Embedded tokens (..., n_embd), their rotary table and what each block's attention sees -> the last
-        block's output, normalised: of all tokens, or of those kept."""
+    def run_blocks(self, x, rotary, contexts, kept=None):
+        """Embedded tokens (..., n_embd), their rotary table and the context of each block's attention -> the
+        last block's output, normalised: of all tokens, or of those kept."""
         x = rms_norm(x)
-        for block, seen_here in zip(self.blocks, seen):
-            x = block(x, rotary, seen_here, kept if block is self.blocks[-1] else None)
+        for block, context in zip(self.blocks, contexts):
+            x = block(x, rotary, context, kept if block is self.blocks[-1] else None)
         return rms_norm(x)
 
     def logits(self, x, coarser, level, vectors):
@@ -364,6 +364,7 @@ class Mentor(nn.Module):
         """Packed tokens (n, 5 + n_codebooks), their lengths (a list of B), codes of the target (B, N,
         n_codebooks) -> the cross-entropy of each of these codes, in nats (B, N, n_codebooks)."""
         N, longest, ends = target.shape[1], max(lengths), torch.tensor(lengths).cumsum(0)
+        # The last N tokens of a sequence, <boi> and all patches but the last, predict its N patches.
         predicting = (ends[:, None] + torch.arange(-N, 0)).flatten().to(tokens.device)  # (B * N,)
         slots = torch.cat([i * longest + torch.arange(length) for i, length in enumerate(lengths)])
         packing, table = Packing(lengths, slots.to(tokens.device)), self.code_table()
@@ -396,7 +397,7 @@ def weighted_loss(nats, coverage, coarse):
 # ---- Guidance ---------------------------------------------------------------------------------------------
 
 def hide_condition(pieces, references, hide):
-    """A prompt as it is (""), without its text ("text"), or empty ("all"): what guidance compares."""
+    """A prompt without its text (hide "text"), empty ("all"), or else as it is: what guidance compares."""
     if hide == "all":
         return [""], []
     return ([""] * len(pieces) if hide == "text" else pieces), references
@@ -435,7 +436,8 @@ def prefill(model, table, tokens, lengths, prompt_of):
     config, device, N = model.config, tokens.device, model.config.n_patches
     (B, T, _), head_dim = tokens.shape, config.n_embd // config.n_head
     S = T + N  # slots: those of the prompt with its padding, then those of the picture
-    dtype = torch.float32 if device.type == "cpu" else model.blocks[0].mlp.fc.weight.dtype  # (the faster)
+    # On a CPU attention to the cache is faster in fp32.
+    dtype = torch.float32 if device.type == "cpu" else model.blocks[0].mlp.fc.weight.dtype
     keys, values = torch.zeros(2, config.n_layer, B, config.n_head, S, head_dim, dtype=dtype, device=device)
     causal = torch.full((T, S), -torch.inf, dtype=dtype, device=device).triu(1)
     caches = [KVCache(k, v, torch.arange(T, device=device), causal) for k, v in zip(keys, values)]
@@ -454,9 +456,9 @@ def prefill(model, table, tokens, lengths, prompt_of):
 
 
 def choose_codes(logits, uniform, temperature):
-    """Samples one code per row: the first up to which the probabilities add up to a number from [0, 1).
-    logits (B, codebook_size), uniform (B,) -> (B,). Temperature 0 takes the likeliest, like all so low that
-    the quotient could overflow."""
+    """Samples one code per row: the first whose cumulative probability exceeds `uniform`, from [0, 1).
+    logits (B, codebook_size), uniform (B,) -> (B,). Below a temperature of 1e-3, where the division could
+    overflow, it takes the likeliest."""
     if temperature < 1e-3:
         return logits.argmax(-1)
     cumulative = (logits / temperature).softmax(-1).cumsum(-1)  # (B, codebook_size)
@@ -498,7 +500,7 @@ def generate(model, prompts, copies, n=1, seed=0, temperatures=TEMPERATURES, cfg
     weights = [weight for weight, _, _ in branches[:len(branches) // len(prompts)]]  # the same for all
     weights = torch.tensor(weights, device=device)[:, None, None]  # (branches, 1, 1)
     shape, n_rows = (len(prompts), len(weights), n), len(sequences) * n
-    # fp32 products on a CPU give a row the same bits in blocks of four rows only: copies of the last fill up.
+    # On a CPU an fp32 product gives a row the same bits only in blocks of four rows: pad with the last row.
     row = torch.arange(n_rows + -n_rows % 4, device=device).clamp_max(n_rows - 1)
     picture_of = row // (len(weights) * n) * n + row % n  # (rows,)
     uniform = [torch.rand(config.n_patches, config.n_codebooks, generator=torch.Generator().manual_seed(i))

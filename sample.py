@@ -25,9 +25,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import (AS_GIVEN, PLACES, QUARTERS, TASKS, Subject, clean_label, clean_text, compose, fill_prompt,
                   open_cutout)
-from mentor import TEMPERATURES, BadInput, Config, Mentor, generate, printable, words_of
-from tokenizer import (IMAGE_ENDINGS, Tokenizer, is_cutout, open_square, reference_copies, to_arrays,
-                       to_images, widened)
+from mentor import TEMPERATURES, BadInput, Config, Mentor, generate, words_of
+from tokenizer import (IMAGE_ENDINGS, Tokenizer, is_cutout, open_square, printable, reference_copies,
+                       to_arrays, to_images, widened)
 
 # ---- Checkpoints ------------------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def load_checkpoint(path):
     executed. Raises BadInput if the file is missing, damaged, or of another version."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["config"], checkpoint["model"], checkpoint["tokenizer"], checkpoint["stage"]
+        checkpoint["config"], checkpoint["model"], checkpoint["tokenizer"], checkpoint["stage"]  # are there
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -53,7 +53,7 @@ def load_checkpoint(path):
         raise BadInput(f"{path}: written by another version of this program ({version}, here {VERSION}): "
                        "train it again")
     if not {"words", "backgrounds"} <= set(checkpoint.get("known", ())):
-        raise BadInput(f"{path}: not a checkpoint of this program, or damaged (KeyError: known)")
+        raise BadInput(f"{path}: not a checkpoint of this program, or damaged (no words in it)")
     return checkpoint
 
 
@@ -65,6 +65,9 @@ def load_weights(checkpoint, path, tokenizer, model=None):
             model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: its weights do not fit its own configuration") from error
+    weights = [*checkpoint["tokenizer"].values(), *(checkpoint["model"].values() if model else ())]
+    if not all(weight.isfinite().all() for weight in weights):
+        raise BadInput(f"{path}: some of its weights are not finite numbers: give another model")
 
 
 def load_models(path, device):
@@ -278,7 +281,8 @@ def run_script(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (BadInput, OSError, torch.cuda.OutOfMemoryError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+        mendable = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EISDIR
+        if isinstance(error, OSError) and error.errno not in mendable:
             raise
         message = str(error).strip().splitlines()[-1]  # (a worker wraps its error into a traceback)
         print(f"{os.path.basename(sys.argv[0])}: {printable(message)}", file=sys.stderr)
@@ -336,7 +340,7 @@ def say_unknown(known, labels, caption):
     for phrase in sorted((*labels, *places, *known["backgrounds"]), key=len, reverse=True):
         caption = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", ",", caption)
     new = re.findall(r"\b(?:in|on|at|under|behind|beside|near|over) (?:an?|the) [\w ]*\w", caption)
-    words = known["words"].split() + words_of(str(new))  # those of `new` are said already
+    words = known["words"].split() + words_of(" ".join(new))  # those of `new` are said already
     new += [word for word in words_of(" ".join((*labels, caption))) if word not in words]
     if new:
         say(f"training never saw {', '.join(map(repr, new))}, which tells the model nothing (places and "

@@ -31,6 +31,11 @@ class BadInput(Exception):
     """Something that the user can mend: ends a script with one line and exit code 2. The rest are bugs."""
 
 
+def printable(text):
+    """A text from a file as a terminal may show it: without escape sequences"""
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+
+
 # ---- Between pictures (uint8 arrays) and images (tensors) -------------------------------------------------
 
 def from_bytes(pictures):

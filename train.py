@@ -65,7 +65,8 @@ MIXES = {  # share of each task in a stage
     # Stage 0 sees every kind of picture. Each of these tasks has one reference: two pictures a sample.
     0: {"segmentation": 0.35, "recovery": 0.15, "subject-driven": 0.5},
     1: {"text-to-image": 0.28, "reconstruction": 0.07, "segmentation": 0.65},  # the paper's
-    # The paper has .46, -, .115, .115, .31. At this scale a stage without reconstruction forgets to copy.
+    # The paper: text-to-image .46, segmentation .115, recovery .115, subject-driven .31. At this scale a
+    # stage without reconstruction forgets to copy.
     2: {"text-to-image": 0.18, "reconstruction": 0.03, "segmentation": 0.24, "recovery": 0.03,
         "subject-driven": 0.27, "multi-image": 0.13, "in-context": 0.12},
 }
@@ -143,7 +144,8 @@ def learning_rate(step, steps, peak):
 def make_optimizers(model, bf16):
     """Muon for the matrices of the blocks (the tokenizer's, too) and of the level MLPs, AdamW for all else:
     embeddings, codebooks, gains, ... torch's Muon computes in bf16. Where the hardware does not multiply
-    bf16, AdamW takes these matrices as well."""
+    bf16, AdamW takes these matrices as well. Weight decay is for parameters of two dimensions alone, so not
+    for code tables, convolutions and gains."""
     muon, decayed, others = [], [], []
     for name, parameter in model.named_parameters():
         in_block = ".conv" in name or name.startswith(("blocks.", "level_mlps."))
@@ -223,7 +225,7 @@ def quality(tokenizer, pictures, sheet):
 def held_out_losses(model, tokenizer, datasets, n, device):
     """Cross-entropy of each task in nats per patch. Of subject-driven (in stage 1 of segmentation) also two
     gains: how much the loss rises with another sample's reference, or text; and on the subject, for each
-    codebook, the loss and the gain of the reference."""
+    codebook, the loss and the gain of the reference. Without either task there are none."""
     losses, compared = {}, "subject-driven" if "subject-driven" in datasets else "segmentation"
 
     def mean_losses(samples):  # -> of all patches, summed over their codes; on the subject (n_codebooks,)
@@ -240,12 +242,13 @@ def held_out_losses(model, tokenizer, datasets, n, device):
         losses[task], on_subject = mean_losses(samples)
         if task == compared:
             pairs = list(zip(samples, samples[1:] + samples[:1]))
-            other_reference, blind = mean_losses([a._replace(references=b.references) for a, b in pairs])
+            other_reference, other_on_subject = mean_losses(
+                [a._replace(references=b.references) for a, b in pairs])
             other_text, _ = mean_losses([a._replace(labels=b.labels, caption=b.caption) for a, b in pairs])
             losses["reference gain"] = other_reference - losses[task]
             losses["prompt gain"] = other_text - losses[task]
             losses["on the subject"] = on_subject.tolist()
-            losses["its reference gain"] = (blind - on_subject).tolist()
+            losses["its reference gain"] = (other_on_subject - on_subject).tolist()
     return {name: np.round(value, 4).tolist() for name, value in losses.items()}
 
 
@@ -294,10 +297,12 @@ def draw_curves(out):
     """curves.png, from the log of stages 1 and 2: held-out losses and the two gains, over samples."""
     looks = {}  # (stage, step) -> record; where a run started again, what was logged from there on is void
     with open(os.path.join(out, "log.jsonl")) as file:
-        for record in map(json.loads, file):
-            if record["stage"] > 0 and "samples" in record:
-                at = record["stage"], record["step"]
-                looks = {other: looks[other] for other in looks if other < at} | {at: record}
+        for line in file:
+            with contextlib.suppress(ValueError):  # a kill or a full disk can leave half a line
+                record = json.loads(line)
+                if record["stage"] > 0 and "samples" in record:
+                    at = record["stage"], record["step"]
+                    looks = {other: looks[other] for other in looks if other < at} | {at: record}
     first = max((record["samples"] for record in looks.values() if record["stage"] == 1), default=0)
     losses, gains = {}, {}
     for (stage, _), record in looks.items():
@@ -319,7 +324,7 @@ class Plan(NamedTuple):
     device: torch.device
     steps: int
     batch_size: int   # samples per step, over all processes
-    micro_batch: int  # samples at once, in one process
+    micro_batch: int  # samples at once, in one process (in stage 0 all)
     lr: float
     mix: dict
     settings: dict    # what a resumed run must have in common
@@ -335,8 +340,7 @@ def make_plan(stage, args, device):
     if batch_size % WORLD:
         raise BadInput(f"stage {stage}, --batch-size {batch_size}: give a multiple of {WORLD}, the number "
                        "of processes")
-    most = batch_size if stage == 0 else schedule["micro_batch"]
-    micro_batch = next(n for n in range(most, 0, -1) if batch_size // WORLD % n == 0)
+    micro_batch = next(n for n in range(schedule["micro_batch"], 0, -1) if batch_size // WORLD % n == 0)
     steps, lr = schedule["steps"][stage], schedule["lr"][stage]
     if args.init:
         steps, lr = FINE_TUNING["steps"], FINE_TUNING["lr"] * lr
@@ -359,6 +363,9 @@ def load_sources(sources, backgrounds, out):
         if folder and out_folder.startswith(os.path.join(os.path.realpath(folder), "")):
             raise BadInput(f"--out {out} lies in {folder}, and what is written there would be "
                            "trained on: give another --out")
+    for name, value in (("data", sources), ("backgrounds", backgrounds)):
+        if value and not value.strip(","):
+            raise BadInput(f"--{name} {value}: nothing between its commas: give a folder, or leave it out")
     loaded = load_subjects(sources), load_subjects(backgrounds) if backgrounds else ()
     for name, pictures in zip(("data", "backgrounds"), loaded):
         if pictures:
@@ -367,7 +374,8 @@ def load_sources(sources, backgrounds, out):
 
 
 def make_datasets(plan, args):
-    """-> what the stage learns from; task -> held-out samples of it. Notes in plan.settings what there is."""
+    """-> what the stage learns from; task -> held-out samples of it. Notes in plan.settings what there is,
+    which load_begun and load_first compare."""
     subjects, backgrounds = load_sources(args.data, args.backgrounds, args.out)
     plan.settings.update(held_out=checksum_held_out(subjects), n_images=len(subjects))
     size, mix = plan.config.image_size, plan.mix
@@ -382,7 +390,7 @@ def make_datasets(plan, args):
 def make_loader(plan, dataset, first, n_workers):
     """The micro-batches of each step from `first` on, composed and laid out by worker processes."""
     n = plan.batch_size
-    indices = [range(step * n + RANK, (step + 1) * n, WORLD) for step in range(first, plan.steps)]
+    indices = (range(step * n + RANK, (step + 1) * n, WORLD) for step in range(first, plan.steps))
     split = functools.partial(collate, plan.config, plan.micro_batch) if plan.stage else stack_pictures
     return DataLoader(dataset, batch_sampler=indices, collate_fn=split, num_workers=n_workers,
                       worker_init_fn=ignore_interrupts, pin_memory=plan.device.type == "cuda")
@@ -504,8 +512,9 @@ def load_fitting(path, config, remedy):
     """A checkpoint of this configuration. Raises BadInput."""
     checkpoint = load_checkpoint(path)
     if checkpoint["config"] != dataclasses.asdict(config):
-        preset = preset_of(checkpoint) or "none of this program's"
-        raise BadInput(f"{path} is of another preset ({preset}): give its --preset, or {remedy}")
+        preset = preset_of(checkpoint)
+        known = f"give --preset {preset}, or {remedy}" if preset else f"none of this program's: give {remedy}"
+        raise BadInput(f"{path} is of another preset: {known}")
     return checkpoint
 
 
@@ -609,7 +618,7 @@ def train(stage, args, device):
         raise BadInput(f"{plan.out}: no such folder, and none can be made ({error.strerror})") from error
     net = parallel(run.model, device, args.compile and stage > 0)
     loader = make_loader(plan, dataset, run.step, args.workers)
-    # Evaluations, each of which costs fast steps. Fine-tuning has one more, before its first step.
+    # How many evaluations. Where steps are fast, each takes the time of many. --init has one more, at step 0.
     n_looks = 1 if args.init else 10 if device.type == "cpu" and plan.steps > 500 else 3
 
     def due(every):
@@ -662,9 +671,12 @@ def show(stage, args, device):
     cut-outs, on a colour that shows what a wrong mask left in or cut off."""
     plan = make_plan(stage, args, device)
     dataset, _ = make_datasets(plan, args)
+    if args.init:
+        load_first(plan)  # what is wrong with it is said now
     size, cells = plan.config.image_size, []
     rng = np.random.default_rng(args.seed)
-    for i in list(dict.fromkeys(dataset.pick(rng, dataset.cutouts) for _ in range(50)))[:12]:
+    picked = [dataset.pick(rng, dataset.cutouts) for _ in range(50 if len(dataset.cutouts) else 0)]
+    for i in list(dict.fromkeys(picked))[:12]:
         subject, magenta = dataset.subjects[i], Image.new("RGB", (size, size), (255, 0, 255))
         try:
             scene, _, _ = compose(open_cutout(subject, size), magenta, AS_GIVEN)
@@ -676,7 +688,7 @@ def show(stage, args, device):
     by_task = {task: [sample for sample in samples if sample.task == task][:6] for task in dataset.mix}
     path = os.path.join(args.out, f"stage{stage}-samples.png")
     save_sheet(rows + sheet_rows({task: row for task, row in by_task.items() if row}), path)
-    print(f"wrote {path}; held out, and not in it: {dataset.subjects.table['held_out'].sum()} images")
+    print(f"wrote {path}; held out, and not in it: {len(dataset.subjects) - len(dataset.all)} images")
 
 
 def parse_mix(text):
@@ -686,10 +698,12 @@ def parse_mix(text):
         task, _, share = item.partition("=")
         if task not in TASKS:
             raise BadInput(f"--mix: no task {task!r} (there are {', '.join(TASKS)})")
+        if task in mix:
+            raise BadInput(f"--mix {text}: {task} stands there twice: leave one out")
         mix[task] = math.nan
         with contextlib.suppress(ValueError):
             mix[task] = float(share)
-    if not all(0 <= share < math.inf for share in mix.values()) or sum(mix.values()) == 0:
+    if not all(share >= 0 for share in mix.values()) or not 0 < sum(mix.values()) < math.inf:
         raise BadInput(f"--mix {text}: shares must be numbers from 0 up, and not all 0 (write {task}=0.5)")
     return {task: mix[task] / sum(mix.values()) for task in TASKS if mix.get(task)}
 
@@ -739,12 +753,12 @@ def main():
         torch.cuda.set_device(device)
     if WORLD > 1:  # (two hours: the first process may look through a million images)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    if args.stage == 0 and (args.init or args.mix):
+        raise BadInput(f"{'--init' if args.init else '--mix'}: stage 0 trains a tokenizer from nothing, on "
+                       "every kind of picture: give --stage 1 or 2")
     if args.show:
         return show(args.stage, args, device)
     args.compile = args.compile and args.preset != "test" and args.stage > 0 and can_compile(device)
-    if args.init and args.stage == 0:
-        raise BadInput("--init: stage 0 trains a tokenizer from nothing: give --stage 1 or 2, which keep the "
-                       "tokenizer of --init")
     if args.stage == 1 and not args.init:
         plan = make_plan(1, args, device)
         make_datasets(plan, args)  # what is wrong is said now, not after the tokenizer

@@ -1,6 +1,6 @@
 """What fine-tuning gained on a folder of cut-outs, and what it forgot of held-out emoji. Run by hand:
 
-    python train.py --stage 2 --init weights/cpu.pt --data my_folder --out own
+    python train.py --stage 2 --init weights/cpu.pt --data my_folder,emoji --out own
     python tests/bench_finetune.py --data my_folder weights/cpu.pt own/stage2.pt
 
 A row for each model, kind of subject and kind of reference. "own": the folder's subjects, all of them, though

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, TOY, noisy_model
 from PIL import Image, ImageColor
 
+import data
 import sample
 import train
 from data import AS_GIVEN, Placement, compose, fill_prompt, paint_shape
@@ -375,6 +376,10 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
     torch.save(odd | {"version": 1}, tmp_path / "old.pt")
     del odd["model"]["head_gain"]
     torch.save(odd, tmp_path / "lacking.pt")
+    odd = torch.load(trained / "stage2.pt", weights_only=True)
+    odd["model"]["head_gain"][0] = torch.nan
+    torch.save(odd, tmp_path / "nan.pt")
+    torch.save(odd | {"config": odd["config"] | {"n_embd": 8}}, tmp_path / "unknown.pt")
     out, toy = ("--out", tmp_path / "new"), ("--stage", 1, *TOY)
     init = ("--stage", 2, *TOY, *out, "--init")
     for args, words in [
@@ -387,6 +392,10 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
         ((*toy, *out, "--mix", "segmentation=0"), "not all 0"),
         ((*toy, *out, "--mix", "segmentation=nan"), "from 0 up"),
         ((*toy, *out, "--mix", ""), "no task ''"),
+        ((*toy, *out, "--mix", "recovery=1,recovery=2"), "recovery stands there twice"),
+        ((*toy, *out, "--mix", "recovery=1e308,segmentation=1e308"), "from 0 up"),
+        ((*toy, *out, "--data", ","), "--data ,: nothing between its commas"),
+        ((*toy, *out, "--backgrounds", ","), "--backgrounds ,: nothing between its commas"),
         ((*toy, *out, "--steps", "0"), "not a whole number from 1 up"),
         ((*toy, "--out", tmp_path / "stage1.pt" / "under"), "no such folder, and none can be made"),
         ((*toy, *out, "--data", tmp_path / "none"), "no such folder"),
@@ -402,8 +411,12 @@ def test_train_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
         ((*init, tmp_path / "old.pt"), "old.pt: written by another version"),
         ((*init, tmp_path / "lacking.pt"), "lacking.pt: its weights do not fit"),
         ((*init, trained / "tokenizer.pt"), "tokenizer.pt holds the tokenizer alone"),
-        ((*init, ROOT / "weights" / "cpu.pt"), "cpu.pt is of another preset (cpu): give its --preset"),
-        (("--stage", 0, *TOY, *out, "--init", trained / "stage2.pt"), "give --stage 1 or 2"),
+        ((*init, tmp_path / "nan.pt"), "nan.pt: some of its weights are not finite"),
+        ((*init, tmp_path / "unknown.pt"), "none of this program's: give another --init"),
+        ((*init, tmp_path / "none.pt", "--show"), "none.pt: no such file"),
+        ((*init, ROOT / "weights" / "cpu.pt"), "of another preset: give --preset cpu, or another --init"),
+        (("--stage", 0, *TOY, *out, "--init", trained / "stage2.pt"), "--init: stage 0"),
+        (("--stage", 0, *TOY, *out, "--mix", "recovery=1"), "--mix: stage 0"),
         (
             ("--stage", 2, *TOY, "--out", trained, "--init", trained / "stage2.pt"),
             "was trained with no init, not init",
@@ -458,6 +471,21 @@ def test_show_writes_a_sheet_of_what_a_run_would_learn_from(tmp_path, monkeypatc
         tmp_path / "no",
     )
     assert code == 2 and "no: no such folder" in err[-1]
+
+
+def test_show_without_a_cutout_and_of_pictures_that_are_all_held_out(tmp_path, monkeypatch, capsys):
+    pictures = {"plain": Image.new("RGB", (40, 40), "red"), "mine": paint_shape("star red blue")}
+    for folder, picture in pictures.items():
+        data.say_once.cache_clear()
+        (tmp_path / folder / "test").mkdir(parents=True)
+        picture.save(tmp_path / folder / "test" / "1.png")
+        toy = ("--stage", 2, "--preset", "test", "--show", "--data", tmp_path / folder, "--out", tmp_path)
+        mix = ("--mix", "text-to-image=1") if folder == "plain" else ()
+        code, err, out = call(monkeypatch, capsys, train.main, *toy, *mix)
+        assert code == 0 and "every subject is held out: they are trained on" in "".join(err)
+        assert "held out, and not in it: 0 images" in out
+        assert (tmp_path / "stage2-samples.png").exists()
+        (tmp_path / "stage2-samples.png").unlink()
 
 
 # -- the README

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 import data
 import tokenizer
 from data import load_subjects, open_cutout
-from mentor import BadInput, printable, word_ids, words_of
+from mentor import BadInput, word_ids, words_of
 
 BOX, SIZE = (24, 20, 71, 59), (96, 80)  # of a red ellipse on a green photograph
 AREA = 1500  # pixels of the ellipse
@@ -564,7 +564,8 @@ def test_what_is_said_cannot_reach_the_terminal(tmp_path):
     cutout(tmp_path / "1.png")
     lines(tmp_path / "metadata.jsonl", {"file_name": "1.png", "label": "\x1b[2Jdog\x07"})
     report = load_subjects(str(tmp_path)).report
-    assert "\x1b" in report and printable(report).count("?") == 2 and "\n" in printable(report)
+    shown = tokenizer.printable(report)
+    assert "\x1b" in report and shown.count("?") == 2 and "\n" in shown
 
 
 # -- Views, words, fonts, sizes

@@ -305,7 +305,9 @@ def test_curves_follow_the_log_over_both_stages(tmp_path, monkeypatch):
     records = [{"stage": 0, "step": 5, "samples": 50, "held_out": {"psnr": 20}},
                {"stage": 1, "step": 1, "loss": 9}, look(1, 3, 8), look(1, 6, 7), look(1, 9, 6),
                look(1, 6, 5), look(2, 2, 4), look(2, 4, 3)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = [json.dumps(record) for record in records]
+    lines.insert(3, lines[0][:9])  # a kill left it
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     drawn = []
     monkeypatch.setattr(train, "save_plot", lambda panels, path: drawn.extend([*panels, path]))
     train.draw_curves(str(tmp_path))
