@@ -633,7 +633,7 @@ class Task(NamedTuple):
     cfg_text: float             # and towards the text: copying wants little, composing more
     needs_cutout: bool = True   # False: a plain picture will do
     copies: tuple = (0, 1)      # which copies of a reference the prompt has: the sizes of its targets
-    coarse: float = 1.0         # in stage 2: weight of a patch's coarsest code; the others have 1
+    coarse: float = 1.0         # weight of a patch's coarsest code (train.batch_loss); others have 1
     hide_picture: float = 0.15  # how often training hides the target's earlier patches
 
 

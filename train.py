@@ -169,8 +169,8 @@ def batch_loss(run, net, batch):
             return loss, loss.detach(), codes_and_z
         nats = net(*fill_codes(run.tokenizer, batch, device))  # (B, N, n_codebooks)
     coverage, coarse = (x.to(device, non_blocking=True) for x in (batch.coverage, batch.coarse))
-    if run.plan.stage == 1:  # a large weight delays copying, which must be learnt first
-        coarse = torch.ones_like(coarse)
+    if not run.plan.settings["init"] and (run.plan.stage == 1 or run.step < run.plan.steps // 2):
+        coarse = torch.ones_like(coarse)  # a large weight delays copying, which must be learnt first
     return weighted_loss(nats, coverage, coarse), nats.detach().sum(-1).mean(), None
 
 
