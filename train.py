@@ -659,14 +659,26 @@ def train(stage, args, device):
                 save_run(run)
                 saved = run.step
             timed, timed_step = time.time(), run.step
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another, which would end this message
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not interrupted(error):
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would end this message
         kept = f"{saved} of {plan.steps} steps are saved in {plan.path}, and the same command resumes there"
         bar.close()
         say(f"stopped: {kept if saved else 'nothing is saved yet'}")
         sys.exit(130)
     earlier = f" (before: {before(plan.sheet)})" if args.init else ""
     say(f"stage {stage} is finished: {plan.path}, and what it draws: {plan.sheet}{earlier}")
+
+
+def interrupted(error):
+    """Whether Ctrl-C ended the loop. Of several processes one may leave before another has seen the signal,
+    whose exchange of gradients then fails first."""
+    try:
+        time.sleep(1 if WORLD > 1 else 0)  # a signal that waits, or is on its way, interrupts this
+    except KeyboardInterrupt:
+        return True
+    return isinstance(error, KeyboardInterrupt)
 
 
 def show(stage, args, device):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -42,9 +43,10 @@ def toy_batches(n, size):
     return train.collate(CONFIG, size, toy_samples(n))
 
 
-def toy_run():
-    """What a step asks of a run: its plan and its tokenizer."""
-    return argparse.Namespace(plan=argparse.Namespace(stage=2, device=CPU), tokenizer=toy_tokenizer())
+def toy_run(stage=2, step=9, init=None):
+    """What a step asks of a run: its plan, its tokenizer, and how far it is."""
+    plan = argparse.Namespace(stage=stage, device=CPU, steps=10, settings={"init": init})
+    return argparse.Namespace(plan=plan, tokenizer=toy_tokenizer(), step=step)
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +108,16 @@ def test_the_coarsest_codes_of_segmentation_count_eight_times():
         nats, even = torch.rand(1, N, 3), torch.zeros(1, N)
         wanted = (nats * torch.tensor([8 if s.task == "segmentation" else 1, 1, 1])).sum(-1).mean()
         assert weighted_loss(nats, even, batch.coarse).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_the_coarsest_codes_weigh_more_once_copying_is_learnt(model):
+    """Not in stage 1, nor in the first half of stage 2, unless it starts from a trained model."""
+    batch = next(b for b in toy_batches(16, 1) if b.coarse[0] == 8)
+
+    def loss(*how):
+        return train.batch_loss(toy_run(*how), model, batch)[0].item()
+
+    assert loss(1, 9) == loss(2, 0) == loss(2, 4) < loss(2, 5) == loss(2, 9) == loss(1, 0, "cpu.pt")
 
 
 def test_the_logged_loss_is_unweighted(model):
@@ -370,7 +382,6 @@ def test_ctrl_c_under_torchrun_ends_with_one_line_and_no_traceback_of_ours(train
 
 def test_ctrl_c_before_the_first_save_says_so_and_a_second_one_changes_nothing(
         trained, tmp_path, monkeypatch, capsys):
-    """torchrun passes on the signal that each process has had already."""
     def interrupted(*args):
         raise KeyboardInterrupt
 
@@ -388,6 +399,29 @@ def test_ctrl_c_before_the_first_save_says_so_and_a_second_one_changes_nothing(
     signal.signal(signal.SIGINT, handler)
     assert stopped.value.code == 130 and "nothing is saved yet" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "stage2.pt").exists()
+
+
+def test_ctrl_c_that_another_process_saw_first(trained, tmp_path, monkeypatch, capsys):
+    """It leaves; so the exchange of gradients fails here before this one's own signal comes."""
+    def alone(*args):
+        raise RuntimeError("Connection closed by peer")
+
+    def alone_then_interrupted(*args):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        alone()
+
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    monkeypatch.setattr(train, "parallel", lambda model, *_: model)
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "train_step", alone)
+    with pytest.raises(RuntimeError, match="closed by peer"):  # a fault without Ctrl-C keeps its traceback
+        run_stage(2, tmp_path)
+    monkeypatch.setattr(train, "train_step", alone_then_interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+        run_stage(2, tmp_path)
+    signal.signal(signal.SIGINT, handler)
+    assert stopped.value.code == 130 and "nothing is saved yet" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(trained, tmp_path, monkeypatch):
