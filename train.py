@@ -1,7 +1,8 @@
 """Trains everything: stage 0 the tokenizer, stage 1 multimodal alignment, stage 2 multimodal instruction.
 
-Stages 1 and 2 train the same model by the same loss and loop. They differ in their mix of tasks (MIXES),
-their schedule (SCHEDULES), the weights that they start from (start_run), and their random samples.
+Stages 1 and 2 train the same model by the same loop. They differ in their mix of tasks (MIXES), their
+schedule (SCHEDULES), the weights that they start from (start_run), their random samples, and the weight of
+segmentation's coarsest codes in the loss (batch_loss).
 
     python train.py --stage 1                        the tokenizer first, unless --out has a finished one
     python train.py --stage 2                        starts from out/stage1.pt
@@ -491,6 +492,11 @@ def load_begun(plan):
     return checkpoint
 
 
+def saved_step(plan):
+    """The step of the checkpoint in --out, 0 without one. Ctrl-C may come right after it was written."""
+    return load_checkpoint(plan.path)["step"] if os.path.exists(plan.path) else 0
+
+
 def load_first(plan):
     """The checkpoint to start from, --init or that of the stage before, and its path. Raises BadInput if
     there is none."""
@@ -633,7 +639,7 @@ def train(stage, args, device):
         say(f"stage {stage}: resuming at step {run.step} of {plan.steps}")
     if run.step == 0 and args.init:
         evaluate(run, held_out)
-    saved, started = run.step, time.time() - run.seconds
+    started = time.time() - run.seconds
     timed, timed_step = time.time(), run.step  # where the rate of the next log line is counted from
     bar = tqdm(loader, f"stage {stage}", plan.steps, initial=run.step, disable=RANK > 0, mininterval=1)
     try:
@@ -648,7 +654,8 @@ def train(stage, args, device):
 
             if not torch.isfinite(loss + norm):
                 raise BadInput(f"stage {stage}: loss or gradient not finite by step {run.step}; the last "
-                               f"good checkpoint is of step {saved}: lower the learning rate (SCHEDULES)")
+                               f"good checkpoint is of step {saved_step(plan)}: lower the learning rate "
+                               "(SCHEDULES)")
             now = time.time()
             run.seconds = now - started
             if logs:
@@ -657,28 +664,16 @@ def train(stage, args, device):
                 evaluate(run, held_out)
             if evaluates or saves:
                 save_run(run)
-                saved = run.step
             timed, timed_step = time.time(), run.step
-    except (KeyboardInterrupt, RuntimeError) as error:
-        if not interrupted(error):
-            raise
+    except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would end this message
+        saved = saved_step(plan)
         kept = f"{saved} of {plan.steps} steps are saved in {plan.path}, and the same command resumes there"
         bar.close()
         say(f"stopped: {kept if saved else 'nothing is saved yet'}")
         sys.exit(130)
     earlier = f" (before: {before(plan.sheet)})" if args.init else ""
     say(f"stage {stage} is finished: {plan.path}, and what it draws: {plan.sheet}{earlier}")
-
-
-def interrupted(error):
-    """Whether Ctrl-C ended the loop. Of several processes one may leave before another has seen the signal,
-    whose exchange of gradients then fails first."""
-    try:
-        time.sleep(1 if WORLD > 1 else 0)  # a signal that waits, or is on its way, interrupts this
-    except KeyboardInterrupt:
-        return True
-    return isinstance(error, KeyboardInterrupt)
 
 
 def show(stage, args, device):
