@@ -69,8 +69,8 @@ MIXES = {  # share of each task in a stage
     1: {"text-to-image": 0.2, "reconstruction": 0.3, "segmentation": 0.5},
     # The paper: text-to-image .46, segmentation .115, recovery .115, subject-driven .31. At this scale a
     # stage without reconstruction forgets to copy.
-    2: {"text-to-image": 0.18, "reconstruction": 0.03, "segmentation": 0.24, "recovery": 0.03,
-        "subject-driven": 0.27, "multi-image": 0.13, "in-context": 0.12},
+    2: {"text-to-image": 0.13, "reconstruction": 0.03, "segmentation": 0.28, "recovery": 0.03,
+        "subject-driven": 0.23, "multi-image": 0.13, "in-context": 0.17},
 }
 HELD_OUT = 3  # besides stages 0, 1 and 2: the seed of held-out samples, the same in all of them
 CHECKPOINTS = ("tokenizer.pt", "stage1.pt", "stage2.pt")
@@ -170,7 +170,7 @@ def batch_loss(run, net, batch):
             return loss, loss.detach(), codes_and_z
         nats = net(*fill_codes(run.tokenizer, batch, device))  # (B, N, n_codebooks)
     coverage, coarse = (x.to(device, non_blocking=True) for x in (batch.coverage, batch.coarse))
-    if not run.plan.settings["init"] and (run.plan.stage == 1 or run.step < run.plan.steps // 2):
+    if not run.plan.settings["init"] and (run.plan.stage == 1 or run.step < run.plan.steps // 3):
         coarse = torch.ones_like(coarse)  # a large weight delays copying, which must be learnt first
     return weighted_loss(nats, coverage, coarse), nats.detach().sum(-1).mean(), None
 
