@@ -204,6 +204,7 @@ def train_step(run, net, micro_batches, lr):
 # ---- Evaluation on held-out subjects ----------------------------------------------------------------------
 
 SUBJECT_PATCH = 0.6  # "on the subject": on the patches of which it covers more than this
+EDGE_PATCH = 0.02, 0.98  # "on its edge": on the patches of which it covers more than this, and less than this
 
 
 def psnr(a, b):
@@ -228,30 +229,33 @@ def quality(tokenizer, pictures, sheet):
 @torch.no_grad()
 def held_out_losses(model, tokenizer, datasets, n, device):
     """Cross-entropy of each task in nats per patch. Of subject-driven (in stage 1 of segmentation) also two
-    gains: how much the loss rises with another sample's reference, or text; and on the subject, for each
-    codebook, the loss and the gain of the reference. Without either task there are none."""
+    gains: how much the loss rises with another sample's reference, or text; and for each codebook the loss on
+    the subject, the gain of the reference there, and the loss on its edge. Without either task there are
+    none."""
     losses, compared = {}, "subject-driven" if "subject-driven" in datasets else "segmentation"
 
-    def mean_losses(samples):  # -> of all patches, summed over their codes; on the subject (n_codebooks,)
-        nats, covered = [], []
+    def mean_losses(samples):  # -> of all patches, summed over their codes; of the subject's, of its edge's
+        nats, coverage = [], []  # (both (n_codebooks,))
         for batch in collate(model.config, 16, [sample._replace(hide="") for sample in samples]):
             with autocast(device):
                 nats.append(model(*fill_codes(tokenizer, batch, device)).cpu())  # (B, N, n_codebooks)
-            covered.append(batch.coverage > SUBJECT_PATCH)
-        nats, covered = torch.cat(nats), torch.cat(covered)
-        return nats.sum(-1).mean().item(), nats[covered].mean(0)
+            coverage.append(batch.coverage)
+        nats, coverage = torch.cat(nats), torch.cat(coverage)
+        on_edge = (coverage > EDGE_PATCH[0]) & (coverage < EDGE_PATCH[1])
+        return nats.sum(-1).mean().item(), nats[coverage > SUBJECT_PATCH].mean(0), nats[on_edge].mean(0)
 
     for task, dataset in datasets.items():
         samples = [dataset[i] for i in range(n)]
-        losses[task], on_subject = mean_losses(samples)
+        losses[task], on_subject, on_edge = mean_losses(samples)
         if task == compared:
             pairs = list(zip(samples, samples[1:] + samples[:1]))
-            other_reference, other_on_subject = mean_losses(
+            other_reference, other_on_subject, _ = mean_losses(
                 [a._replace(references=b.references) for a, b in pairs])
-            other_text, _ = mean_losses([a._replace(labels=b.labels, caption=b.caption) for a, b in pairs])
+            other_text, *_ = mean_losses([a._replace(labels=b.labels, caption=b.caption) for a, b in pairs])
             losses["reference gain"] = other_reference - losses[task]
             losses["prompt gain"] = other_text - losses[task]
             losses["on the subject"] = on_subject.tolist()
+            losses["on its edge"] = on_edge.tolist()
             losses["its reference gain"] = (other_on_subject - on_subject).tolist()
     return {name: np.round(value, 4).tolist() for name, value in losses.items()}
 
