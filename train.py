@@ -234,8 +234,9 @@ def held_out_losses(model, tokenizer, datasets, n, device):
     none."""
     losses, compared = {}, "subject-driven" if "subject-driven" in datasets else "segmentation"
 
-    def mean_losses(samples):  # -> of all patches, summed over their codes; of the subject's, of its edge's
-        nats, coverage = [], []  # (both (n_codebooks,))
+    def mean_losses(samples):
+        """-> nats per patch; nats per code of each codebook, (n_codebooks,): on the subject, on its edge"""
+        nats, coverage = [], []
         for batch in collate(model.config, 16, [sample._replace(hide="") for sample in samples]):
             with autocast(device):
                 nats.append(model(*fill_codes(tokenizer, batch, device)).cpu())  # (B, N, n_codebooks)
