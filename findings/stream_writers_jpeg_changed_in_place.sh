@@ -3,12 +3,12 @@
 # is written as its file was.
 # Seen on 2026-11-29, Python 3.11, CPU build of torch 2.13.0.
 #
-# Image.thumbnail, Image.paste and ImageDraw change a picture in place, and it stays a JpegImageFile with its
-# file's name. JPEGSerializer (litdata.optimize calls it for each leaf) and the encoding "jpeg" (MDSWriter
-# calls it for each column) take such a picture to be its file and copy the file's bytes.
+# Image.thumbnail and Image.paste change a picture in place, and it stays a JpegImageFile with its file's
+# name. JPEGSerializer (litdata.optimize calls it for each leaf) and the encoding "jpeg" (MDSWriter calls it
+# for each column) copy the bytes of that file.
 # Expected: the picture as it is in memory, 64 x 48, and black where it was painted over.
 # Seen: no warning. The data set has the large picture, and what was painted over is there again. With
-# Image.resize, which makes a new picture, MDSWriter writes the small one; litdata then stores raw pixels.
+# Image.resize, which makes a new picture, MDSWriter writes the small one.
 # Output: litdata: (512, 384), painted over: red; streaming: (512, 384), painted over: red
 set -euo pipefail
 place=$(mktemp -d)
