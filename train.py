@@ -82,14 +82,14 @@ CHECKPOINTS = ("tokenizer.pt", "stage1.pt", "stage2.pt")
 
 class Batch(NamedTuple):
     pictures: torch.Tensor  # uint8 (m, H, W, 3): the targets of all B samples, then their references' copies
-    tokens: torch.Tensor    # (n, 6), packed: the last column is a patch's index among all of `pictures`
+    tokens: torch.Tensor    # (n, 5 + 1), packed: in the last column a patch's index among all of `pictures`
     lengths: list           # of the B sequences; they sum to n
     coverage: torch.Tensor  # (B, N): how much of each patch of the target the subject covers, 0 to 1
     coarse: torch.Tensor    # (B,): the weight of the coarsest codes (Task.coarse)
 
 
 def collate(config, at_once, samples):
-    """Samples -> list of Batch, of as many samples each: their losses' mean is the loss of all samples."""
+    """Samples -> list of Batch, equally many samples in each: their losses' mean is the loss of all."""
     return [lay_out(config, samples[i:i + at_once]) for i in range(0, len(samples), at_once)]
 
 
@@ -108,7 +108,7 @@ def lay_out(config, samples):
             ids.append(patch_ids(len(pictures), len(copies)))
             pictures += copies
         tokens = build_sequence(config, pieces, ids, TASKS[s.task].copies, patch_ids(i, 1)[0])
-        if s.hide == "picture":  # then the prompt must tell each patch
+        if s.hide == "picture":  # so that the prompt alone must determine each patch
             tokens[1 - N:, WORD_IDS] = HIDDEN
         sequences.append(tokens)
     masks = torch.from_numpy(np.stack([s.mask for s in samples]))  # (B, H, W)
@@ -123,7 +123,7 @@ def fill_codes(tokenizer, batch, device):
     """A Batch -> Mentor.forward's tokens (n, 5 + n_codebooks), lengths, target (B, N, n_codebooks)"""
     pictures, tokens = (x.to(device, non_blocking=True) for x in batch[:2])
     codes = tokenizer.encode(from_bytes(pictures))  # (m, N, n_codebooks)
-    patch_ids = tokens[:, CODES][:, 0]  # (n,); 0 where there is no patch, whose codes nobody looks at
+    patch_ids = tokens[:, CODES][:, 0]  # (n,); of other tokens 0, and their codes are never read
     tokens = torch.cat((tokens[:, :CODES.start], codes.flatten(0, 1)[patch_ids]), -1)
     return tokens, batch.lengths, codes[:len(batch.lengths)]
 
@@ -203,8 +203,8 @@ def train_step(run, net, micro_batches, lr):
 
 # ---- Evaluation on held-out subjects ----------------------------------------------------------------------
 
-SUBJECT_PATCH = 0.6  # "on the subject": on the patches of which it covers more than this
-EDGE_PATCH = 0.02, 0.98  # "on its edge": on the patches of which it covers more than this, and less than this
+SUBJECT_PATCH = 0.6  # "on the subject": on patches that it covers by more than this
+EDGE_PATCH = 0.02, 0.98  # "on its edge": on patches that it covers by more and by less than these
 
 
 def psnr(a, b):
@@ -229,9 +229,8 @@ def quality(tokenizer, pictures, sheet):
 @torch.no_grad()
 def held_out_losses(model, tokenizer, datasets, n, device):
     """Cross-entropy of each task in nats per patch. Of subject-driven (in stage 1 of segmentation) also two
-    gains: how much the loss rises with another sample's reference, or text; and for each codebook the loss on
-    the subject, the gain of the reference there, and the loss on its edge. Without either task there are
-    none."""
+    gains: how much the loss rises with another sample's reference, or text. And for each codebook the loss on
+    the subject, the reference gain there, and the loss on its edge. Without that task there are none."""
     losses, compared = {}, "subject-driven" if "subject-driven" in datasets else "segmentation"
 
     def mean_losses(samples):
