@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw, ImageFont
 from data import (AS_GIVEN, PLACES, QUARTERS, TASKS, Subject, clean_label, clean_text, compose, fill_prompt,
                   open_cutout)
 from mentor import TEMPERATURES, BadInput, Config, Mentor, generate, words_of
-from tokenizer import (IMAGE_ENDINGS, Tokenizer, is_cutout, open_square, printable, reference_copies,
-                       to_arrays, to_images, widened)
+from tokenizer import (IMAGE_ENDINGS, Tokenizer, hides_something, is_cutout, open_square, printable,
+                       reference_copies, to_arrays, to_images, widened)
 
 # ---- Checkpoints ------------------------------------------------------------------------------------------
 
@@ -238,6 +238,9 @@ def open_references(files, task, model, tokenizer):
     if task not in ("subject-driven", "multi-image"):
         return [np.asarray(open_square(path, size)) for path, _ in files]
     unframed = [i for i, (path, _) in enumerate(files) if not is_cutout(path)]
+    for path in (files[i][0] for i in unframed if hides_something(files[i][0])):
+        say(f"--ref {path}: its transparent parts are shown white, since most of its border is opaque "
+            "(a cut-out needs a transparent margin)")
     if unframed:
         wide = [np.asarray(open_square(files[i][0], 4 * size)) for i in unframed]
         framed = frame_subjects(model, tokenizer, [files[i][1] for i in unframed], wide)
@@ -256,6 +259,13 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(f"{message} (--help lists everything)")
+
+    def parse_args(self):
+        args = super().parse_args()
+        for name, value in vars(args).items():
+            if value == "" != self.get_default(name):  # as from a variable of the shell that is not set
+                raise BadInput(f"--{name} is empty: give a value, or leave it out")
+        return args
 
 
 def at_least(least, kind=int):
@@ -428,6 +438,8 @@ def main():
     labels = asked if task == "segmentation" else [name for name, _ in named]
     files = list(zip([*args.example, *args.ref], asked or [""] * 3))
     say_unknown(known, labels, caption)
+    if task == "subject-driven" and labels[0] not in caption:
+        say(f"--prompt does not name {labels[0]!r}, as it always does in training")
     if task == "multi-image":
         caption, in_prompt = name_references(labels, caption)
         files = [files[i] for i in in_prompt]

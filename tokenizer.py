@@ -264,6 +264,12 @@ def is_cutout(path):
     return has_alpha and read_image(path).mode == "RGBA"
 
 
+def hides_something(path):
+    """Whether a file has transparent pixels"""
+    with opened(path) as image:
+        return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 128
+
+
 def is_black_and_white(path):
     """Whether a file of one channel has two levels of grey at most, as masks have"""
     with opened(path) as image:

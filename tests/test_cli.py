@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TOY, noisy_model
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageOps
 
 import data
 import sample
@@ -263,6 +263,31 @@ def test_a_second_line_of_the_prompt_is_said_to_be_ignored(trained, tmp_path, mo
     given = ("--prompt", "a star\non the beach", "--ckpt", trained / "stage2.pt", "-o", tmp_path / "x.png")
     code, err, _ = call(monkeypatch, capsys, sample.main, *given)
     assert code == 0 and err[0] == "--prompt, --label: only the first line of each is used"
+
+
+def test_what_a_reference_leaves_out_is_said(trained, tmp_path, monkeypatch, capsys):
+    """A cut-out without a margin is read as a plain picture; a prompt may not name the label."""
+    tight = Image.new("RGBA", (64, 64), "red")
+    tight.paste((0, 0, 0, 0), (20, 20, 40, 40))
+    tight.save(tmp_path / "tight.png")
+    ImageOps.expand(tight, 16, (0, 0, 0, 0)).save(tmp_path / "margin.png")
+    Image.new("RGBA", (64, 64), "red").save(tmp_path / "opaque.png")
+    for name, prompt, shown_white, unnamed in (("tight", "a ring in space", True, False),
+                                               ("margin", "a ring in space", False, False),
+                                               ("opaque", "a star in space", False, True)):
+        given = ("--ref", tmp_path / f"{name}.png", "--label", "ring", "--prompt", prompt)
+        code, err, _ = call(monkeypatch, capsys, sample.main, *given, "--ckpt", trained / "stage2.pt",
+                            "-o", tmp_path / "x.png")
+        assert code == 0 and ("its transparent parts are shown white" in " ".join(err)) == shown_white
+        assert ("--prompt does not name 'ring'" in " ".join(err)) == unnamed
+
+
+@pytest.mark.parametrize("script, flag, given", [(sample, "--ckpt", ("--prompt", "a dog")),
+                                                 (train, "--init", ("--stage", "2")),
+                                                 (train, "--data", ("--stage", "1", "--show"))])
+def test_an_empty_value_is_not_taken_for_none(script, flag, given, monkeypatch, capsys):
+    code, err, _ = call(monkeypatch, capsys, script.main, *given, flag, "")
+    assert code == 2 and f"{flag} is empty: give a value, or leave it out" in err[-1]
 
 
 def test_several_references_are_framed_in_one_drawing(tmp_path, monkeypatch):
