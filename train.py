@@ -123,7 +123,7 @@ def fill_codes(tokenizer, batch, device):
     """A Batch -> Mentor.forward's tokens (n, 5 + n_codebooks), lengths, target (B, N, n_codebooks)"""
     pictures, tokens = (x.to(device, non_blocking=True) for x in batch[:2])
     codes = tokenizer.encode(from_bytes(pictures))  # (m, N, n_codebooks)
-    patch_ids = tokens[:, CODES][:, 0]  # (n,); of other tokens 0, and their codes are never read
+    patch_ids = tokens[:, CODES][:, 0]  # (n,); 0 for other tokens, whose codes are never read
     tokens = torch.cat((tokens[:, :CODES.start], codes.flatten(0, 1)[patch_ids]), -1)
     return tokens, batch.lengths, codes[:len(batch.lengths)]
 
@@ -203,8 +203,8 @@ def train_step(run, net, micro_batches, lr):
 
 # ---- Evaluation on held-out subjects ----------------------------------------------------------------------
 
-SUBJECT_PATCH = 0.6  # "on the subject": on patches that it covers by more than this
-EDGE_PATCH = 0.02, 0.98  # "on its edge": on patches that it covers by more and by less than these
+SUBJECT_PATCH = 0.6  # "on the subject": on patches of which it covers more than this share
+EDGE_PATCH = 0.02, 0.98  # "on its edge": on patches that it covers by a share between these
 
 
 def psnr(a, b):
